@@ -1,0 +1,296 @@
+"""`release.yaml` as its author writes it (`ReleaseSpec`) and as it is frozen (`Manifest`).
+
+A spec may leave things to be found out (`commit: auto`, no contract yet). A manifest never does:
+it holds digests, sizes and resolved values only, and its own digest is the release's identity. The
+version number is a name for the content, so it is not part of the digest.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    StringConstraints,
+    model_validator,
+)
+
+from shipworthy.domain.canonical import digest_of
+from shipworthy.domain.contract import Contract
+from shipworthy.domain.names import MODEL
+
+ArtifactFormat = Literal["skops", "joblib", "pickle", "onnx", "python", "file"]
+CODE_FORMATS: frozenset[str] = frozenset({"joblib", "pickle"})
+"""Formats that run code when loaded: scanned, and refused without a stated reason."""
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+ModelName = Annotated[str, StringConstraints(pattern=rf"^{MODEL.pattern}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+Scalar = str | int | float | bool | None
+
+
+class Document(BaseModel):
+    """A part of a file that a user writes: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _relative(path: str) -> str:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+        message = "must be a path inside the release's folder, without '..'"
+        raise ValueError(message)
+    return str(pure)
+
+
+RelativePath = Annotated[str, AfterValidator(_relative)]
+
+
+class Owner(Document):
+    """Who answers for the model."""
+
+    name: str = Field(min_length=1)
+    email: str = Field(min_length=3)
+
+
+class ArtifactSpec(Document):
+    """A file or folder that the release is made of.
+
+    `unsafe` is the stated reason for loading a format that can run code. `entry` names the callable
+    of a `python` artifact (`predict` by default).
+    """
+
+    path: RelativePath
+    format: ArtifactFormat = "file"
+    unsafe: str | None = Field(default=None, min_length=8)
+    entry: str | None = None
+
+
+class CodeSpec(Document):
+    """The repository that made the release; `dirty` says what to do about uncommitted changes."""
+
+    repository: str = "."
+    commit: str = "auto"
+    dirty: Literal["record", "refuse"] = "record"
+
+
+class EnvironmentSpec(Document):
+    """The interpreter that serves the release, built from `lock`; absent means Shipworthy's own."""
+
+    lock: RelativePath | None = None
+    python: str | None = Field(default=None, pattern=r"^3\.\d{1,2}$")
+    image: str | None = None
+
+
+class DataSpec(Document):
+    """Data that the release was made from or measured on."""
+
+    name: Name
+    path: str
+    role: Literal["train", "validation", "test", "sample", "reference"]
+
+
+class Base(Document):
+    """The model that this one was tuned from."""
+
+    model: str
+    revision: str | None = None
+    digest: Digest | None = None
+    adapter: dict[str, Scalar] = Field(default_factory=dict)
+
+
+class Training(Document):
+    """How the model was trained, so that it can be trained again."""
+
+    command: str | None = None
+    seed: int | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    reward_model: str | None = None
+
+
+class InferenceSpec(Document):
+    """What runs the model, in which version and precision."""
+
+    engine: Literal["sklearn", "onnx", "python", "external"] | None = None
+    engine_version: str = "auto"
+    precision: str | None = None
+    sampling: dict[str, Scalar] = Field(default_factory=dict)
+
+
+class Resources(Document):
+    """What one replica needs."""
+
+    cpu: Annotated[float, Field(gt=0)] = 1
+    memory: Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(Mi|Gi)$")] = "1Gi"
+    gpu: Annotated[int, Field(ge=0)] = 0
+
+
+class Replicas(Document):
+    """How many replicas may run."""
+
+    min: PositiveInt = 1
+    max: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max < self.min:
+            message = f"max ({self.max}) is below min ({self.min})"
+            raise ValueError(message)
+        return self
+
+
+class ProcessServing(Document):
+    """Replicas that Shipworthy starts as local processes."""
+
+    runtime: Literal["process"] = "process"
+    command: str = "shipworthy serve {release}"
+    resources: Resources = Resources()
+    replicas: Replicas = Replicas()
+
+
+class EndpointServing(Document):
+    """A server elsewhere; `credential` is a reference (`env:NAME` or `file:PATH`), never a secret."""
+
+    runtime: Literal["endpoint"]
+    urls: tuple[Annotated[str, StringConstraints(pattern=r"^https?://\S+$")], ...] = Field(
+        min_length=1
+    )
+    served_model: str
+    credential: Annotated[str, StringConstraints(pattern=r"^(env|file):\S+$")] | None = None
+
+
+Serving = Annotated[ProcessServing | EndpointServing, Field(discriminator="runtime")]
+
+
+class Metric(Document):
+    """A measured value that the release claims.
+
+    With `n` alone, `value` is a proportion and its interval is Wilson's; otherwise give `std_error`.
+    """
+
+    value: float
+    n: PositiveInt | None = None
+    std_error: NonNegativeFloat | None = None
+
+
+class Cost(Document):
+    """What serving costs, in the currency that the team uses throughout."""
+
+    per_hour: NonNegativeFloat | None = None
+    per_1k_input_tokens: NonNegativeFloat | None = None
+    per_1k_output_tokens: NonNegativeFloat | None = None
+
+
+class _Common(Document):
+    """What spec and manifest share word for word."""
+
+    model: ModelName
+    description: str = ""
+    owner: Owner | None = None
+    base: Base | None = None
+    behaviour: dict[str, Any] | None = None
+    training: Training = Training()
+    serving: Serving = ProcessServing()
+    metrics: dict[Name, dict[Name, Metric]] = Field(default_factory=dict)
+    cost: Cost | None = None
+
+
+class ReleaseSpec(_Common):
+    """`release.yaml`, before anything is looked up or hashed."""
+
+    version: PositiveInt | None = None
+    artifacts: tuple[ArtifactSpec, ...] = ()
+    code: CodeSpec | None = None
+    environment: EnvironmentSpec = EnvironmentSpec()
+    data: tuple[DataSpec, ...] = ()
+    contract: Contract | None = None
+    inference: InferenceSpec = InferenceSpec()
+
+    @model_validator(mode="after")
+    def _runs_something(self) -> Self:
+        if isinstance(self.serving, ProcessServing) and not self.artifacts:
+            message = "nothing to serve: list artifacts, or give serving.runtime: endpoint"
+            raise ValueError(message)
+        return self
+
+
+class PinnedFile(Document):
+    """One stored file: its path inside the artifact or data set, digest and size in bytes."""
+
+    path: str
+    digest: Digest
+    size: Annotated[int, Field(ge=0)]
+
+
+class Artifact(Document):
+    """A stored artifact; a folder has one entry in `files` for each file below it."""
+
+    path: RelativePath
+    format: ArtifactFormat
+    files: tuple[PinnedFile, ...] = Field(min_length=1)
+    unsafe: str | None = None
+    entry: str | None = None
+    scan: str | None = None
+
+
+class Code(Document):
+    """The commit that made the release and the digest of what was not committed, if anything."""
+
+    commit: str
+    uncommitted: Digest | None = None
+
+
+class Environment(Document):
+    """The pinned serving interpreter; `lock` is absent when it is Shipworthy's own."""
+
+    lock: PinnedFile | None = None
+    python: str | None = None
+    image: str | None = None
+
+
+class Data(Document):
+    """Data pinned by digest over all of its bytes."""
+
+    name: Name
+    role: str
+    files: tuple[PinnedFile, ...]
+
+
+class Inference(Document):
+    """What runs the model, resolved."""
+
+    engine: Literal["sklearn", "onnx", "python", "external"]
+    engine_version: str
+    precision: str | None = None
+    sampling: dict[str, Scalar] = Field(default_factory=dict)
+
+
+class Manifest(_Common):
+    """One immutable release: everything it pins. Its digest is its identity."""
+
+    format: Literal[1] = 1
+    artifacts: tuple[Artifact, ...]
+    code: Code | None
+    environment: Environment
+    data: tuple[Data, ...]
+    contract: Contract
+    inference: Inference
+
+    def content(self) -> dict[str, Any]:
+        """The manifest as plain JSON values, in the form that the digest covers."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """`sha256:…` over all that the release pins."""
+        return digest_of(self.content())
+
+    def pinned_files(self) -> tuple[PinnedFile, ...]:
+        """Every stored file that the release needs in order to start."""
+        lock = (self.environment.lock,) if self.environment.lock else ()
+        return tuple(file for artifact in self.artifacts for file in artifact.files) + lock

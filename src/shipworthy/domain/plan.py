@@ -1,0 +1,148 @@
+"""What the gateway obeys: one plan for each name that clients call, and the keys that may call it.
+
+These records are the snapshot file's content, so they hold no secret: keys as hashes, credentials
+as references. Weights are in basis points (1/10,000), the unit in which a lane is cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import msgspec
+
+from shipworthy.domain.contract import Contract
+
+BUCKETS = 10_000
+"""A split is cut in this many buckets; a weight of 500 is 5%."""
+
+SNAPSHOT_FORMAT = 1
+
+Role = Literal["client", "trusted", "admin"]
+"""`client` calls models; `trusted` may also send feedback on anybody's inferences; `admin` may
+call every plan, those before production included."""
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """One server of a release; `credential` is a reference such as `env:UPSTREAM_KEY`."""
+
+    url: str
+    credential: str | None = None
+
+
+class Arm(msgspec.Struct, frozen=True, kw_only=True):
+    """A release as the gateway reaches it. `served_model` is its name on its own endpoints."""
+
+    release: str
+    digest: str
+    version: int
+    endpoints: tuple[Endpoint, ...]
+    served_model: str
+    contract: Contract
+
+
+class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
+    """Upper limits in seconds for one attempt at one endpoint, and for the whole request."""
+
+    connect: float = 1.0
+    attempt: float = 5.0
+    total: float = 15.0
+
+
+class Shield(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the gateway goes to answer in spite of a failing upstream.
+
+    `fallback_ratio`: fallbacks to stable allowed per candidate request, beyond a burst of
+    `fallback_burst`. `retry_ratio`, `retry_burst`: the same for retries on another endpoint.
+    `breaker_window`, `breaker_failures`: a worker stops calling a candidate that failed this many
+    of its last attempts, and tries it again after `breaker_seconds`.
+    """
+
+    fallback_ratio: float = 1.0
+    fallback_burst: int = 100
+    retry_ratio: float = 0.1
+    retry_burst: int = 10
+    breaker_window: int = 20
+    breaker_failures: int = 10
+    breaker_seconds: float = 5.0
+
+
+class Capture(msgspec.Struct, frozen=True, kw_only=True):
+    """What is written of a request: its metadata alone, or bodies too, cut at `max_bytes` each."""
+
+    payloads: Literal["none", "full"] = "none"
+    max_bytes: int = 16_384
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """How requests for one name are answered.
+
+    `rollout` is the rollout's id and the seed of its split; empty when nothing is being rolled out.
+    `weight` is the candidate's, in basis points. `lease` is the Unix time up to which a plan with a
+    candidate may be obeyed; past it the gateway sends everything to stable. `revision` grows with
+    every change; `fence` is the number of the keeper's term that wrote it.
+    """
+
+    name: str
+    model: str
+    revision: int
+    fence: int
+    stable: Arm
+    candidate: Arm | None = None
+    weight: int = 0
+    rollout: str = ""
+    lease: float | None = None
+    deadlines: Deadlines = Deadlines()
+    shield: Shield = Shield()
+    capture: Capture = Capture()
+    fallback_message: str | None = None
+
+
+class Key(msgspec.Struct, frozen=True, kw_only=True):
+    """A gateway key. `models` names the plans that it may call; `*` is every production model."""
+
+    id: str
+    hash: str
+    role: Role
+    models: tuple[str, ...] = ("*",)
+    expires: float | None = None
+
+    def may_call(self, name: str) -> bool:
+        """Whether this key opens the plan of that name."""
+        if self.role == "admin" or name in self.models:
+            return True
+        return "*" in self.models and "@" not in name
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a gateway worker knows. `max_stale` bounds in seconds how long keys are honoured
+    when no keeper refreshes `written`; None means for as long as it takes."""
+
+    written: float
+    plans: dict[str, Plan]
+    keys: dict[str, Key]
+    max_stale: float | None = None
+    format: int = SNAPSHOT_FORMAT
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Snapshot)
+
+
+def encode_snapshot(snapshot: Snapshot) -> bytes:
+    """One line with the SHA-256 of the rest, then the snapshot as JSON."""
+    body = _encoder.encode(snapshot)
+    return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+
+def decode_snapshot(content: bytes) -> Snapshot:
+    """The snapshot, or ValueError when it is torn, altered or of a format that we can't read."""
+    checksum, _, body = content.partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != checksum:
+        message = "the snapshot's checksum does not match its content"
+        raise ValueError(message)
+    snapshot = _decoder.decode(body)
+    if snapshot.format != SNAPSHOT_FORMAT:
+        message = f"the snapshot has format {snapshot.format}; this worker reads {SNAPSHOT_FORMAT}"
+        raise ValueError(message)
+    return snapshot
