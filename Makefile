@@ -84,8 +84,9 @@ echo "Installing $(1): $$total packages, by version and hash. This takes a minut
 if [ -t 1 ]; then start='\r\033[K'; end=''; else start=''; end='\n'; fi; \
 { $(PIP) install --progress-bar off --require-hashes -r $(1); echo "status $$?"; } \
 | { n=0; while read -r word name rest; do case "$$word $$name" in \
-    Collecting*|Ignoring*|"Requirement already") n=$$((n + 1)); \
-      [ "$$word" != Collecting ] || printf "$$start  %d of %d: %s$$end" $$n $$total "$${name%%[=;]*}";; \
+    Collecting*|Processing*|Ignoring*|"Requirement already") n=$$((n + 1)); \
+      name=$${name##*/}; name=$${name%%[=;]*}; name=$${name%%-[0-9]*}; \
+      [ "$$word" = Requirement ] || printf "$$start  %d of %d: %s$$end" $$n $$total "$${name%:}";; \
     "Building wheels"*|"Installing collected") \
       printf "$$start  %s$$end" "$$word the packages …";; \
     "status 0") printf "$$start"; exit 0;; \
