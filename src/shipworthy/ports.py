@@ -1,5 +1,7 @@
-"""What the rooms need from the outside, as narrow as each need is. Adapters live in `stores/` and
-`runtimes/`; `app` decides which ones are used."""
+"""What the rooms need from the outside, as narrow as each need is.
+
+Adapters live in `stores/` and `runtimes/`; `app` decides which ones are used.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from shipworthy.domain.lifecycle import (
     StageEntry,
     StageFinding,
     StoredPolicy,
+    TrafficCount,
     Waiver,
 )
 from shipworthy.domain.manifest import PinnedFile
@@ -74,7 +77,7 @@ class Principals(Protocol):
         """The principal of that name, made when new."""
         ...
 
-    def get(self, id: str) -> Principal | None: ...  # noqa: A002  # it is an id
+    def get(self, id: str) -> Principal | None: ...  # it is an id
 
 
 class StoredKey(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +93,7 @@ class Keys(Protocol):
     """Gateway keys."""
 
     def add(self, key: StoredKey) -> None: ...
-    def revoke(self, id: str, at: float) -> bool: ...  # noqa: A002
+    def revoke(self, id: str, at: float) -> bool: ...
     def list(self) -> list[StoredKey]: ...
 
 
@@ -115,7 +118,7 @@ class Deployments(Protocol):
         """Insert or replace by id."""
         ...
 
-    def get(self, id: str) -> Deployment | None: ...  # noqa: A002
+    def get(self, id: str) -> Deployment | None: ...
     def list(self, model: str | None = None) -> list[Deployment]:
         """Those not yet stopped, oldest first."""
         ...
@@ -141,7 +144,7 @@ class Intents(Protocol):
         """Insert or replace by id."""
         ...
 
-    def get(self, id: str) -> Intent | None: ...  # noqa: A002
+    def get(self, id: str) -> Intent | None: ...
     def open(self) -> list[Intent]:
         """Pending and waiting ones, oldest first."""
         ...
@@ -151,16 +154,16 @@ class Rollouts(Protocol):
     """Rollouts, their state, and the units that their tests have counted."""
 
     def save(self, state: RolloutState) -> None: ...
-    def get(self, id: str) -> RolloutState | None: ...  # noqa: A002
+    def get(self, id: str) -> RolloutState | None: ...
     def active(self) -> list[RolloutState]:
         """Those that have not ended, oldest first."""
         ...
 
     def latest(self, model: str) -> RolloutState | None: ...
-    def units(self, id: str) -> dict[str, UnitHistory]: ...  # noqa: A002
-    def save_units(self, id: str, changed: Mapping[str, UnitHistory]) -> None: ...  # noqa: A002
-    def forget_units(self, id: str) -> None:  # noqa: A002
-        """Drop the counted units of a rollout that ended."""
+    def units(self, id: str) -> dict[str, UnitHistory]: ...
+    def save_units(self, id: str, changed: Mapping[str, UnitHistory]) -> None: ...
+    def forget_units(self, id: str, units: Iterable[str] | None = None) -> None:
+        """Drop these counted units, or all of them."""
         ...
 
 
@@ -182,6 +185,20 @@ class Plans(Protocol):
 
     def remove(self, name: str) -> None: ...
     def all(self) -> dict[str, Plan]: ...
+
+
+class Traffic(Protocol):
+    """How much each release answered, minute by minute."""
+
+    def add(self, counts: Iterable[TrafficCount]) -> None:
+        """Add to what is counted already for the same plan, release and minute."""
+        ...
+
+    def since(self, plan: str, minute: int) -> list[TrafficCount]:
+        """Counts of that minute and later ones, oldest first."""
+        ...
+
+    def forget_before(self, minute: int) -> None: ...
 
 
 class Cursors(Protocol):
@@ -239,6 +256,8 @@ class Transaction(Protocol):
     @property
     def plans(self) -> Plans: ...
     @property
+    def traffic(self) -> Traffic: ...
+    @property
     def cursors(self) -> Cursors: ...
     @property
     def audit(self) -> Audit: ...
@@ -249,7 +268,7 @@ class Ledger(Protocol):
 
     def read(self) -> AbstractContextManager[Transaction]: ...
     def write(self) -> AbstractContextManager[Transaction]:
-        """A transaction that holds the one writer's lock from its start; commits on a clean exit."""
+        """A transaction that holds the one writer's lock throughout; commits on a clean exit."""
         ...
 
 
@@ -269,9 +288,7 @@ class Blobs(Protocol):
         """Re-read every byte; IntegrityError when it differs, NotFound when it is gone."""
         ...
 
-    def copy_to(
-        self, file: PinnedFile, target: Path, progress: Progress | None = None
-    ) -> None:
+    def copy_to(self, file: PinnedFile, target: Path, progress: Progress | None = None) -> None:
         """Write the file to `target`, verified on the way; nothing is left there on an error."""
         ...
 
@@ -315,7 +332,7 @@ class HttpResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HttpClient(Protocol):
-    """A plain HTTP client, for probes and for looking at endpoints. Unavailable when none answers."""
+    """A plain HTTP client for probes; Unavailable when nobody answers."""
 
     def request(
         self,

@@ -63,5 +63,7 @@ def verify(entries: Iterable[AuditEntry], *, exported: AuditHead | None = None) 
                 problems.append(f"entry {entry.sequence} is not the one in the exported head")
         previous = entry.hash
     if exported and not found:
-        problems.append(f"the chain ends at {sequence}, before the exported head {exported.sequence}")
+        problems.append(
+            f"the chain ends at {sequence}, before the exported head {exported.sequence}"
+        )
     return problems

@@ -1,4 +1,4 @@
-"""What a release accepts and returns, tensor by tensor, in the words of the Open Inference Protocol.
+"""What a release accepts and returns, tensor by tensor, as the Open Inference Protocol puts it.
 
 Plain frozen dataclasses, so that pydantic reads them from `release.yaml` and msgspec carries them
 in the gateway's snapshot without a second set of types.

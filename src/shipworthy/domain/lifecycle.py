@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ FOUR_EYES = "four-eyes"
 
 
 class Principal(msgspec.Struct, frozen=True, kw_only=True):
-    """A person or service that acts. Everything else refers to `id`, so that a name can be erased."""
+    """A person or service that acts; all else refers to `id`, so that a name can be erased."""
 
     id: str
     name: str
@@ -153,10 +154,43 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """A release (by digest) that took over a stage, and the policy it ran under."""
+    """A release (by digest) that took over a stage, and the policy it ran under.
+
+    `rollback` says that it came back in place of the one that had replaced it.
+    """
 
     model: str
     stage: Stage
     release: str
     policy: str | None
     at: float
+    rollback: bool = False
+
+
+class TrafficCount(msgspec.Struct, frozen=True, kw_only=True):
+    """What one release did for one plan within a minute, from the gateway's own records.
+
+    `minute` is Unix time divided by 60. `assigned` counts requests whose first attempt was this
+    release's, `failed` those of them that it failed; `served` the answers that came from it.
+    """
+
+    plan: str
+    release: str
+    minute: int
+    assigned: int = 0
+    failed: int = 0
+    served: int = 0
+
+
+def standing(history: Sequence[StageEntry]) -> list[StageEntry]:
+    """The entries that a rollback can walk down, the current one last; `history` newest first.
+
+    A promotion puts a release on top; a rollback takes the top off again.
+    """
+    stack: list[StageEntry] = []
+    for entry in reversed(history):
+        if not entry.rollback:
+            stack.append(entry)
+        elif len(stack) > 1:
+            stack.pop()
+    return stack

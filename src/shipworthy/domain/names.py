@@ -22,7 +22,7 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReleaseReference:
-    """A release as a person names it: exactly one of version, digest (may be a prefix) and stage."""
+    """A release as a person names it: one of version, digest (may be a prefix) and stage."""
 
     model: str
     version: int | None = None

@@ -115,8 +115,11 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a gateway worker knows. `max_stale` bounds in seconds how long keys are honoured
-    when no keeper refreshes `written`; None means for as long as it takes."""
+    """All that a gateway worker knows.
+
+    `max_stale` bounds in seconds how long keys are honoured when no keeper refreshes `written`;
+    None means for as long as it takes.
+    """
 
     written: float
     plans: dict[str, Plan]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -126,7 +127,7 @@ class RolloutPolicy(Document):
     @model_validator(mode="after")
     def _growing(self) -> Self:
         weights = [step.weight for step in self.steps]
-        if not weights or any(b <= a for a, b in zip(weights, weights[1:], strict=False)):
+        if not weights or any(b <= a for a, b in pairwise(weights)):
             message = "steps must not be empty and each weight must be above the one before"
             raise ValueError(message)
         return self

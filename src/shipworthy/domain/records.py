@@ -24,7 +24,9 @@ class Outcome(StrEnum):
     CENSORED = "censored"
 
 
-class InferenceRecord(msgspec.Struct, frozen=True, kw_only=True, tag="inference", omit_defaults=True):
+class InferenceRecord(
+    msgspec.Struct, frozen=True, kw_only=True, tag="inference", omit_defaults=True
+):
     """One request that reached a plan.
 
     `outcome` and `reason` are the first attempt's and belong to the `assigned` arm, whoever
