@@ -54,6 +54,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert fragment in anchors(there), f"{target}: no such heading"
 
 
+@every_page
+def test_paths_in_code_spans_exist(page: Path) -> None:
+    for span in CODE.findall(prose(page)):
+        if re.fullmatch(r"(src|tests|bench|docs)/[\w./-]+", span) and span != "bench/results/":
+            assert (ROOT / span).exists(), f"{span} does not exist"
+
+
 def commands(page: Path, program: str) -> Iterator[list[str]]:
     """Each use of a program in the page's shell blocks and code spans, as words."""
     lines = [

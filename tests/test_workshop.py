@@ -40,7 +40,8 @@ def test_the_tree_is_clean(command: str) -> None:
         text=True,
         check=False,
     )
-    assert run.returncode == 0, run.stdout + run.stderr
+    if run.returncode:
+        pytest.fail(run.stdout + run.stderr, pytrace=False)
 
 
 @pytest.mark.parametrize("lock", [RUNTIME, DEVELOPMENT], ids=lambda lock: lock.name)
