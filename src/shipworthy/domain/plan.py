@@ -79,7 +79,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     `rollout` is the rollout's id and the seed of its split; empty when nothing is being rolled out.
     `weight` is the candidate's, in basis points. `lease` is the Unix time up to which a plan with a
-    candidate may be obeyed; past it the gateway sends everything to stable. `revision` grows with
+    candidate may be obeyed, `lease_seconds` for how long it is given; past it the gateway sends
+    everything to stable. `revision` grows with
     every change; `fence` is the number of the keeper's term that wrote it.
     """
 
@@ -92,6 +93,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     weight: int = 0
     rollout: str = ""
     lease: float | None = None
+    lease_seconds: float = 15.0
     deadlines: Deadlines = Deadlines()
     shield: Shield = Shield()
     capture: Capture = Capture()

@@ -1,0 +1,1 @@
+"""Journal in, evidence and windows out."""
