@@ -7,6 +7,7 @@ version number is a name for the content, so it is not part of the digest.
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
@@ -17,7 +18,6 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveInt,
-    StringConstraints,
     model_validator,
 )
 
@@ -29,9 +29,37 @@ ArtifactFormat = Literal["skops", "joblib", "pickle", "onnx", "python", "file"]
 CODE_FORMATS: frozenset[str] = frozenset({"joblib", "pickle"})
 """Formats that run code when loaded: scanned, and refused without a stated reason."""
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-ModelName = Annotated[str, StringConstraints(pattern=rf"^{MODEL.pattern}$")]
-Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+def matching(pattern: str, meaning: str) -> AfterValidator:
+    """A constraint on text whose error says what is wanted, instead of showing the expression."""
+    compiled = re.compile(pattern, re.ASCII)
+
+    def check(text: str) -> str:
+        if not compiled.fullmatch(text):
+            message = f"must be {meaning}"
+            raise ValueError(message)
+        return text
+
+    return AfterValidator(check)
+
+
+Name = Annotated[
+    str,
+    matching(
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}",
+        "1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit",
+    ),
+]
+ModelName = Annotated[
+    str,
+    matching(
+        MODEL.pattern,
+        "1 to 63 of a-z, 0-9, '.', '_' and '-', beginning and ending with a letter or digit",
+    ),
+]
+Digest = Annotated[
+    str, matching(r"sha256:[0-9a-f]{64}", "'sha256:' and 64 hexadecimal digits in lower case")
+]
 Scalar = str | int | float | bool | None
 
 
@@ -84,7 +112,9 @@ class EnvironmentSpec(Document):
     """The interpreter that serves the release, built from `lock`; absent means Shipworthy's own."""
 
     lock: RelativePath | None = None
-    python: str | None = Field(default=None, pattern=r"^3\.\d{1,2}$")
+    python: (
+        Annotated[str, matching(r"3\.\d{1,2}", 'a Python version in quotes, such as "3.11"')] | None
+    ) = None
     image: str | None = None
 
 
@@ -127,7 +157,7 @@ class Resources(Document):
     """What one replica needs."""
 
     cpu: Annotated[float, Field(gt=0)] = 1
-    memory: Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(Mi|Gi)$")] = "1Gi"
+    memory: Annotated[str, matching(r"\d+(\.\d+)?(Mi|Gi)", "a size such as 512Mi or 2Gi")] = "1Gi"
     gpu: Annotated[int, Field(ge=0)] = 0
 
 
@@ -155,14 +185,23 @@ class ProcessServing(Document):
 
 
 class EndpointServing(Document):
-    """A server elsewhere; `credential` is a reference (`env:NAME` or `file:PATH`), never a secret."""
+    """A server elsewhere; `credential` refers to a secret (`env:NAME` or `file:PATH`)."""
 
     runtime: Literal["endpoint"]
-    urls: tuple[Annotated[str, StringConstraints(pattern=r"^https?://\S+$")], ...] = Field(
-        min_length=1
+    urls: tuple[Annotated[str, matching(r"https?://\S+", "an http:// or https:// URL")], ...] = (
+        Field(min_length=1)
     )
     served_model: str
-    credential: Annotated[str, StringConstraints(pattern=r"^(env|file):\S+$")] | None = None
+    credential: (
+        Annotated[
+            str,
+            matching(
+                r"(env|file):\S+",
+                "env:NAME or file:PATH, a reference to the secret and never the secret itself",
+            ),
+        ]
+        | None
+    ) = None
 
 
 Serving = Annotated[ProcessServing | EndpointServing, Field(discriminator="runtime")]
@@ -171,7 +210,7 @@ Serving = Annotated[ProcessServing | EndpointServing, Field(discriminator="runti
 class Metric(Document):
     """A measured value that the release claims.
 
-    With `n` alone, `value` is a proportion and its interval is Wilson's; otherwise give `std_error`.
+    With `n` alone, `value` is a proportion and its interval is Wilson's; else give `std_error`.
     """
 
     value: float
@@ -221,7 +260,10 @@ class ReleaseSpec(_Common):
 
 
 class PinnedFile(Document):
-    """One stored file: its path inside the artifact or data set, digest and size in bytes."""
+    """One file: its path inside the artifact or data set, digest and size in bytes.
+
+    `path` is `.` where the artifact or data set is itself one file.
+    """
 
     path: str
     digest: Digest
@@ -237,6 +279,10 @@ class Artifact(Document):
     unsafe: str | None = None
     entry: str | None = None
     scan: str | None = None
+
+    def placed(self) -> tuple[tuple[str, PinnedFile], ...]:
+        """Each file with its path in the folder that the release starts from."""
+        return tuple((str(PurePosixPath(self.path, file.path)), file) for file in self.files)
 
 
 class Code(Document):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from shipworthy.domain.canonical import digest_of
-from shipworthy.domain.manifest import Document, ModelName
+from shipworthy.domain.manifest import Document, ModelName, matching
 from shipworthy.domain.names import Stage
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
@@ -50,7 +50,12 @@ class Rule(Document):
     its upper end must stay below.
     """
 
-    metric: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*\.[A-Za-z0-9][\w.-]*$")]
+    metric: Annotated[
+        str,
+        matching(
+            r"[A-Za-z0-9][\w-]*\.[A-Za-z0-9][\w.-]*", "suite.metric, such as heldout.accuracy"
+        ),
+    ]
     at_least: float | None = None
     at_most: float | None = None
 
@@ -197,6 +202,14 @@ class Policy(Document):
     deadlines: DeadlinePolicy = DeadlinePolicy()
     fallback_message: str | None = None
 
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, name: str) -> str:
+        if name not in PRESETS:
+            message = f"must be one of {', '.join(PRESETS)}"
+            raise ValueError(message)
+        return name
+
     def digest(self) -> str:
         """`sha256:…` over the whole policy, presets filled in."""
         return digest_of(self.model_dump(mode="json"))
@@ -265,6 +278,8 @@ def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = _overlay(below, value) if both else value  # pyright: ignore[reportUnknownArgumentType]
+        if isinstance(below, dict) and isinstance(value, dict):
+            merged[key] = _overlay(cast("dict[str, Any]", below), cast("dict[str, Any]", value))
+        else:
+            merged[key] = value
     return merged
