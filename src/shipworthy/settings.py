@@ -1,0 +1,127 @@
+"""`shipworthy.yaml`, and where everything of a project lies.
+
+    shipworthy.yaml          settings; every one has a default
+    .shipworthy/             state, private to the user
+    ├── ledger.db            decisions
+    ├── blobs/               what releases pin
+    ├── journals/            the gateway's records
+    ├── snapshot             what the gateway obeys
+    ├── secrets/             keys that never leave this machine
+    ├── replicas/            one folder for each running replica
+    └── logs/
+
+Everything outgrown is swapped by a URL in the settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from shipworthy.domain.manifest import Document
+from shipworthy.domain.policy import Duration
+from shipworthy.errors import NotFound
+from shipworthy.protocols.documents import read_document
+
+FILE = "shipworthy.yaml"
+STATE = ".shipworthy"
+MEBIBYTE = 1024 * 1024
+
+
+class GatewaySettings(Document):
+    """Where clients call, and how much one request may bring. Port 0 takes any free one."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8080
+    max_body_bytes: Annotated[int, Field(ge=1024, le=1024 * MEBIBYTE)] = 10 * MEBIBYTE
+
+
+class JournalSettings(Document):
+    """How much disk the gateway's records may take before they are read, and after."""
+
+    max_bytes: Annotated[int, Field(ge=MEBIBYTE)] = 1024 * MEBIBYTE
+    keep_bytes: Annotated[int, Field(ge=0)] = 256 * MEBIBYTE
+
+
+class KeySettings(Document):
+    """How long the gateway honours keys that no keeper confirms; absent: as long as it takes."""
+
+    max_stale: Duration | None = None
+
+
+class Settings(Document):
+    """`shipworthy.yaml`. `ledger` is a database URL; absent, it is SQLite in the project."""
+
+    ledger: str | None = None
+    gateway: GatewaySettings = GatewaySettings()
+    journal: JournalSettings = JournalSettings()
+    keys: KeySettings = KeySettings()
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """A folder with a `shipworthy.yaml`."""
+
+    root: Path
+    settings: Settings
+
+    @property
+    def state(self) -> Path:
+        """All that Shipworthy itself writes, but for the files that people edit."""
+        return self.root / STATE
+
+    @property
+    def ledger_url(self) -> str:
+        """The ledger's database URL."""
+        return self.settings.ledger or f"sqlite:///{self.state / 'ledger.db'}"
+
+    @property
+    def snapshot(self) -> Path:
+        """The file that the gateway obeys."""
+        return self.state / "snapshot"
+
+    @property
+    def journals(self) -> Path:
+        """The gateway's records."""
+        return self.state / "journals"
+
+    @property
+    def blobs(self) -> Path:
+        """What releases pin."""
+        return self.state / "blobs"
+
+    @property
+    def secrets(self) -> Path:
+        """Keys that never leave this machine."""
+        return self.state / "secrets"
+
+    @property
+    def replicas(self) -> Path:
+        """One folder for each running replica."""
+        return self.state / "replicas"
+
+    @property
+    def logs(self) -> Path:
+        """What the processes said."""
+        return self.state / "logs"
+
+
+def load_project(root: Path) -> Project:
+    """Read the project in this very folder; NotFound when there is none."""
+    file = root / FILE
+    if not file.is_file():
+        message = f"no {FILE} in {root}; make a project with 'shipworthy init'"
+        raise NotFound(message)
+    return Project(root.resolve(), read_document(file.read_bytes(), FILE, Settings))
+
+
+def find_project(start: Path) -> Project:
+    """Read the project that a folder belongs to: its own, or the nearest above it."""
+    for folder in (start.resolve(), *start.resolve().parents):
+        if (folder / FILE).is_file():
+            return load_project(folder)
+    message = f"no {FILE} here or in a folder above; make a project with 'shipworthy init'"
+    raise NotFound(message)
