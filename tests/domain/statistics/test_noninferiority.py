@@ -189,3 +189,15 @@ def test_the_upper_limit_narrows_with_evidence() -> None:
     assert limits == sorted(limits, reverse=True)
     assert limits[0] == 1.0
     assert limits[-1] <= 0.002
+
+
+def test_a_shared_outage_delays_but_does_not_end_the_way_up() -> None:
+    rng = np.random.default_rng(8)
+    needed: list[float] = []
+    for _ in range(15):
+        candidate = rng.random(20_000) < 0.25
+        rate = np.full(20_000, 0.001)
+        rate[800:1_300] = 0.9
+        state = NonInferiority.start(0.25, grid=())
+        needed.append(_ever_passes(state, candidate, rng.random(20_000) < rate, 0.05))
+    assert max(needed) < 2_500

@@ -36,14 +36,20 @@ GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 
 # Before any outcome both arms are taken to lose 1% of the time, with the weight of ten units.
 _PRIOR_LOSS, _PRIOR_UNITS = 0.1, 10.0
-# Two bettors a limit share the stake. The first takes both arms for equal, which is best when they
-# are; the second lets each arm's own mean pull away from the common one as its units outgrow this
-# number, which is better when the candidate really differs.
-_PULLS = (math.inf, 300.0)
-# Estimates are renewed when units or losses have grown by this factor and this number, not at each
-# outcome: they hardly move, and in between outcomes without loss need only be counted.
+# Three bettors share the stake at each limit. The first takes both arms for equal, best when they
+# are; the second lets each arm's own mean pull away from the common one as its units outgrow
+# `_OWN_PULL`; the third takes them for equal and looks only at the last `_MEMORY` units or so, so
+# that an outage which hits both arms costs it little, and is forgotten.
+_LOG_STAKES = (math.log(0.45), math.log(0.3), math.log(0.25))
+_OWN_PULL = 300.0
+_MEMORY = 200.0
+_LOG_KEPT = math.log1p(-1.0 / _MEMORY)
+# Estimates are renewed when what they rest on has grown (or, if recent, faded) by these factors and
+# numbers, not at each outcome: in between, outcomes without loss need only be counted.
 _UNITS_GROWTH, _UNITS_STEP = 1.1, 10.0
 _LOSS_GROWTH, _LOSS_STEP = 1.05, 1.0
+_RECENT_GROWTH, _RECENT_STEP = 1.2, 0.9
+_RECENT_FADED, _RECENT_LEAST = 0.8, 0.2
 
 
 class ArmLosses(msgspec.Struct, frozen=True):
@@ -62,6 +68,23 @@ class ArmLosses(msgspec.Struct, frozen=True):
         return ArmLosses(self.units + units, self.loss + loss)
 
 
+class Basis(msgspec.Struct, frozen=True):
+    """What bets are estimated from: the step so far, at the time when they were last renewed."""
+
+    candidate: ArmLosses = ArmLosses()
+    stable: ArmLosses = ArmLosses()
+    recent: float = 0.0
+
+    def outgrown(self, units: int, loss: float, recent: float) -> bool:
+        """Whether both arms' units, losses and recent losses differ enough to estimate anew."""
+        return (
+            units >= _UNITS_GROWTH * (self.candidate.units + self.stable.units) + _UNITS_STEP
+            or loss >= _LOSS_GROWTH * (self.candidate.loss + self.stable.loss) + _LOSS_STEP
+            or recent >= _RECENT_GROWTH * self.recent + _RECENT_STEP
+            or recent < _RECENT_FADED * self.recent - _RECENT_LEAST
+        )
+
+
 class NonInferiority(msgspec.Struct, frozen=True):
     """Evidence, fresh at each step, that the candidate is not worse than stable by a margin.
 
@@ -76,8 +99,8 @@ class NonInferiority(msgspec.Struct, frozen=True):
         logs: Log wealth at the last renewal plus that of losses since; for each limit, each bettor.
         candidate: All that the candidate did in this step.
         stable: All that stable did in this step.
-        candidate_basis: The candidate's part of what the current bets were estimated from.
-        stable_basis: Stable's part of it.
+        recent: Sum of both arms' losses, each fading with the units that came after it.
+        basis: What the current bets were estimated from.
         clean_candidate: Candidate units without loss since the last renewal.
         clean_stable: Stable units without loss since the last renewal.
 
@@ -89,8 +112,8 @@ class NonInferiority(msgspec.Struct, frozen=True):
     logs: tuple[float, ...]
     candidate: ArmLosses = ArmLosses()
     stable: ArmLosses = ArmLosses()
-    candidate_basis: ArmLosses = ArmLosses()
-    stable_basis: ArmLosses = ArmLosses()
+    recent: float = 0.0
+    basis: Basis = Basis()
     clean_candidate: int = 0
     clean_stable: int = 0
 
@@ -114,7 +137,7 @@ class NonInferiority(msgspec.Struct, frozen=True):
         if not 0.0 < limits[0] <= limits[-1] < 1.0:
             msg = f"margins and limits are in (0, 1), not {limits}"
             raise ValueError(msg)
-        return cls(weight, margin, limits, (0.0,) * (len(limits) * len(_PULLS)))
+        return cls(weight, margin, limits, _LOG_STAKES * len(limits))
 
     def observe(self, loss: float, candidate: bool) -> NonInferiority:  # noqa: FBT001
         """Add a unit's first outcome.
@@ -132,15 +155,21 @@ class NonInferiority(msgspec.Struct, frozen=True):
         if not 0.0 < loss <= 1.0:
             msg = f"a loss is in [0, 1], not {loss!r}"
             raise ValueError(msg)
-        bets = self._bets()
+        bets = _bets(self.weight, self.limits, self.basis)
         logs = [log + bet.gain(loss, candidate) for log, bet in zip(self.logs, bets, strict=True)]
-        return self._grown(
+        grown = NonInferiority(
+            self.weight,
+            self.margin,
+            self.limits,
             tuple(logs),
             self.candidate.plus(1, loss) if candidate else self.candidate,
             self.stable if candidate else self.stable.plus(1, loss),
+            self.recent * math.exp(_LOG_KEPT) + loss,
+            self.basis,
             self.clean_candidate,
             self.clean_stable,
         )
+        return grown._renewed()
 
     def observe_clean(self, candidate: int, stable: int) -> NonInferiority:
         """Add a batch of units without loss, the usual case: the same as one by one, but faster.
@@ -153,13 +182,19 @@ class NonInferiority(msgspec.Struct, frozen=True):
             stable: Units assigned to stable.
 
         """
-        return self._grown(
+        grown = NonInferiority(
+            self.weight,
+            self.margin,
+            self.limits,
             self.logs,
-            self.candidate.plus(candidate),
-            self.stable.plus(stable),
+            self.candidate.plus(candidate) if candidate else self.candidate,
+            self.stable.plus(stable) if stable else self.stable,
+            self.recent * math.exp(_LOG_KEPT * (candidate + stable)),
+            self.basis,
             self.clean_candidate + candidate,
             self.clean_stable + stable,
         )
+        return grown._renewed()
 
     @property
     def log_e(self) -> float:
@@ -198,65 +233,40 @@ class NonInferiority(msgspec.Struct, frozen=True):
             f"(margin {self.margin:.2%}): {verdict}."
         )
 
-    def _grown(
-        self,
-        logs: tuple[float, ...],
-        candidate: ArmLosses,
-        stable: ArmLosses,
-        clean_candidate: int,
-        clean_stable: int,
-    ) -> NonInferiority:
-        """Give the state with these totals, its bets renewed when that is due."""
-        grown = NonInferiority(
-            self.weight,
-            self.margin,
-            self.limits,
-            logs,
-            candidate,
-            stable,
-            self.candidate_basis,
-            self.stable_basis,
-            clean_candidate,
-            clean_stable,
-        )
-        units = self.candidate_basis.units + self.stable_basis.units
-        loss = self.candidate_basis.loss + self.stable_basis.loss
-        if (
-            candidate.units + stable.units < _UNITS_GROWTH * units + _UNITS_STEP
-            and candidate.loss + stable.loss < _LOSS_GROWTH * loss + _LOSS_STEP
-        ):
-            return grown
+    def _renewed(self) -> NonInferiority:
+        """Give the same evidence, with new bets from here on when they are due."""
+        units = self.candidate.units + self.stable.units
+        loss = self.candidate.loss + self.stable.loss
+        if not self.basis.outgrown(units, loss, self.recent):
+            return self
         return NonInferiority(
             self.weight,
             self.margin,
             self.limits,
-            tuple(grown._all_logs()),
-            candidate,
-            stable,
-            candidate_basis=candidate,
-            stable_basis=stable,
+            tuple(self._all_logs()),
+            self.candidate,
+            self.stable,
+            self.recent,
+            Basis(self.candidate, self.stable, self.recent),
         )
-
-    def _bets(self) -> tuple[_Bet, ...]:
-        return _bets(self.weight, self.limits, self.candidate_basis, self.stable_basis)
 
     def _all_logs(self) -> list[float]:
         """Log wealth by limit and bettor, outcomes without loss included."""
         units, others = self.clean_candidate, self.clean_stable
+        bets = _bets(self.weight, self.limits, self.basis)
         return [
             log + units * bet.clean_candidate + others * bet.clean_stable
-            for log, bet in zip(self.logs, self._bets(), strict=True)
+            for log, bet in zip(self.logs, bets, strict=True)
         ]
 
     def _log_evidence(self) -> list[float]:
-        """Log of the mean wealth of the bettors, by limit."""
-        logs, bettors = self._all_logs(), len(_PULLS)
+        """Log of the bettors' wealth together, by limit."""
+        logs, bettors = self._all_logs(), len(_LOG_STAKES)
         evidence: list[float] = []
         for first in range(0, len(logs), bettors):
             part = logs[first : first + bettors]
             top = max(part)
-            mean = math.fsum(math.exp(log - top) for log in part) / bettors
-            evidence.append(top + math.log(mean))
+            evidence.append(top + math.log(math.fsum(math.exp(log - top) for log in part)))
         return evidence
 
 
@@ -281,22 +291,21 @@ class _Bet(msgspec.Struct, frozen=True):
 
 
 @lru_cache(maxsize=512)
-def _bets(
-    weight: float, limits: tuple[float, ...], candidate: ArmLosses, stable: ArmLosses
-) -> tuple[_Bet, ...]:
-    """Give the bets for each limit and bettor, estimated from what each arm has done so far."""
-    loss = _PRIOR_LOSS + candidate.loss + stable.loss
-    pooled = loss / (_PRIOR_UNITS + candidate.units + stable.units)
-    estimates = [
-        (_shrunk(candidate, pooled, pull), _shrunk(stable, pooled, pull)) for pull in _PULLS
-    ]
+def _bets(weight: float, limits: tuple[float, ...], basis: Basis) -> tuple[_Bet, ...]:
+    """Give the bets for each limit and bettor."""
+    candidate, stable = basis.candidate, basis.stable
+    units = candidate.units + stable.units
+    pooled = (_PRIOR_LOSS + candidate.loss + stable.loss) / (_PRIOR_UNITS + units)
+    remembered = _MEMORY * -math.expm1(_LOG_KEPT * units)
+    recent = (_PRIOR_LOSS + basis.recent) / (_PRIOR_UNITS + remembered)
+    estimates = (
+        (pooled, pooled),
+        tuple(
+            (_OWN_PULL * pooled + arm.loss) / (_OWN_PULL + arm.units) for arm in (candidate, stable)
+        ),
+        (recent, recent),
+    )
     return tuple(_bet(c, s, limit, weight) for limit in limits for c, s in estimates)
-
-
-def _shrunk(arm: ArmLosses, pooled: float, pull: float) -> float:
-    if math.isinf(pull):
-        return pooled
-    return (pull * pooled + arm.loss) / (pull + arm.units)
 
 
 def _bet(candidate: float, stable: float, limit: float, weight: float) -> _Bet:
@@ -306,18 +315,7 @@ def _bet(candidate: float, stable: float, limit: float, weight: float) -> _Bet:
     """
     if candidate >= stable + limit:
         return _Bet(0.5, 0.0, 0.5, 0.0, 0.0, 0.0)
-    # The projection (s+limit, s) is where the derivative of the weighted divergence, written
-    # without its denominators, changes sign. It lies between the two estimates.
-    low, high = max(candidate - limit, 0.0), min(stable, 1.0 - limit)
-    for _ in range(60):
-        s = (low + high) / 2.0
-        c = s + limit
-        pull_up = (1.0 - weight) * (stable - s) * c * (1.0 - c)
-        if weight * (c - candidate) * s * (1.0 - s) < pull_up:
-            low = s
-        else:
-            high = s
-    s = (low + high) / 2.0
+    s = _projection(candidate, stable, limit, weight)
     c = s + limit
     candidate_slope = (candidate - c) / (c * (1.0 - c))
     stable_slope = (stable - s) / (s * (1.0 - s))
@@ -329,6 +327,33 @@ def _bet(candidate: float, stable: float, limit: float, weight: float) -> _Bet:
         clean_candidate=math.log1p(-candidate_slope * c),
         clean_stable=math.log1p(-stable_slope * s),
     )
+
+
+def _projection(candidate: float, stable: float, limit: float, weight: float) -> float:
+    """Give stable's part s of the pair (s+limit, s) nearest to the estimates in divergence.
+
+    There the derivative of the weighted divergence changes sign, here without its denominators. It
+    does so between the two estimates; Newton's method, kept within the bracket, finds it.
+    """
+    low, high = max(candidate - limit, 0.0), min(stable, 1.0 - limit)
+    s = (low + high) / 2.0
+    for _ in range(60):
+        c = s + limit
+        rise, fall = weight * (c - candidate), (1.0 - weight) * (s - stable)
+        c_variance, s_variance = c * (1.0 - c), s * (1.0 - s)
+        value = rise * s_variance + fall * c_variance
+        if value < 0.0:
+            low = s
+        else:
+            high = s
+        slope = weight * s_variance + rise * (1.0 - 2.0 * s)
+        slope += (1.0 - weight) * c_variance + fall * (1.0 - 2.0 * c)
+        step = s - value / slope if slope > 0.0 else low
+        new = step if low < step < high else (low + high) / 2.0
+        if abs(new - s) <= 1e-9 * min(s, 1.0 - c):  # the error is about the square of that
+            return new
+        s = new
+    return s
 
 
 def _share(arm: ArmLosses) -> str:
