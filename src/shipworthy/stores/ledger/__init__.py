@@ -1,0 +1,10 @@
+"""The ledger on SQL: one schema, one small repository per need, one transaction over all of them.
+
+`migrate(url)` creates a ledger or brings its schema up to date; `open_ledger(url)` never does.
+"""
+
+from __future__ import annotations
+
+from shipworthy.stores.ledger.ledger import SqlLedger, SqlTransaction, migrate, open_ledger
+
+__all__ = ["SqlLedger", "SqlTransaction", "migrate", "open_ledger"]

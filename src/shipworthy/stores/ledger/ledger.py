@@ -1,0 +1,269 @@
+"""The ledger itself: where it is, which version it has, and its transactions."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from sqlalchemy import URL, Connection, Engine, inspect, make_url, text
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from shipworthy.errors import LedgerUnavailable, UsageError
+from shipworthy.stores.ledger import sqlite
+from shipworthy.stores.ledger.access import SqlKeys, SqlPrincipals
+from shipworthy.stores.ledger.audit import SqlAudit
+from shipworthy.stores.ledger.delivery import (
+    SqlCursors,
+    SqlDeployments,
+    SqlIntents,
+    SqlPlans,
+    SqlRollouts,
+)
+from shipworthy.stores.ledger.evidence import SqlDecisions, SqlEvidence
+from shipworthy.stores.ledger.registry import SqlPolicies, SqlReleases, SqlStages
+from shipworthy.stores.ledger.schema import REVISIONS
+
+TIMEOUT = 5.0
+"""Seconds that a transaction waits for another one's lock."""
+
+
+class SqlTransaction:
+    """One consistent view of the ledger. Each repository is made when first asked for."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @cached_property
+    def releases(self) -> SqlReleases:
+        """Registered releases."""
+        return SqlReleases(self._connection)
+
+    @cached_property
+    def policies(self) -> SqlPolicies:
+        """Policies in force and before."""
+        return SqlPolicies(self._connection)
+
+    @cached_property
+    def principals(self) -> SqlPrincipals:
+        """Who acts."""
+        return SqlPrincipals(self._connection)
+
+    @cached_property
+    def keys(self) -> SqlKeys:
+        """Gateway keys."""
+        return SqlKeys(self._connection)
+
+    @cached_property
+    def evidence(self) -> SqlEvidence:
+        """Findings, approvals and waivers."""
+        return SqlEvidence(self._connection)
+
+    @cached_property
+    def deployments(self) -> SqlDeployments:
+        """What runs and what should."""
+        return SqlDeployments(self._connection)
+
+    @cached_property
+    def stages(self) -> SqlStages:
+        """Which release holds which stage, now and before."""
+        return SqlStages(self._connection)
+
+    @cached_property
+    def intents(self) -> SqlIntents:
+        """Requests to the keeper."""
+        return SqlIntents(self._connection)
+
+    @cached_property
+    def rollouts(self) -> SqlRollouts:
+        """Rollouts and what their tests have counted."""
+        return SqlRollouts(self._connection)
+
+    @cached_property
+    def decisions(self) -> SqlDecisions:
+        """What was decided and why."""
+        return SqlDecisions(self._connection)
+
+    @cached_property
+    def plans(self) -> SqlPlans:
+        """What the gateway is told."""
+        return SqlPlans(self._connection)
+
+    @cached_property
+    def cursors(self) -> SqlCursors:
+        """How far each journal has been read, and the keeper's terms."""
+        return SqlCursors(self._connection)
+
+    @cached_property
+    def audit(self) -> SqlAudit:
+        """The append-only log of acts."""
+        return SqlAudit(self._connection)
+
+
+class SqlLedger:
+    """The SQL database of decisions. Safe to share between threads; not across a fork.
+
+    A context manager: leaving it closes the connections.
+    """
+
+    def __init__(self, readers: Engine, writer: Engine) -> None:
+        self._readers = readers
+        self._writer = writer
+
+    @contextmanager
+    def read(self) -> Generator[SqlTransaction]:
+        """One consistent snapshot, which no writer waits for. Raises LedgerUnavailable."""
+        with _transaction(self._readers) as connection:
+            yield SqlTransaction(connection)
+
+    @contextmanager
+    def write(self) -> Generator[SqlTransaction]:
+        """A transaction that holds the one writer's lock from its start; commits on a clean exit.
+
+        Raises:
+            LedgerUnavailable: The lock is held by another for too long, or the disk fails.
+            Conflict: On exit, when rows refer to what is not there.
+
+        """
+        with _transaction(self._writer) as connection:
+            yield SqlTransaction(connection)
+
+    def close(self) -> None:
+        """Close the connections; transactions still under way keep theirs until they end."""
+        self._readers.dispose()
+        self._writer.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_ledger(url: str, *, timeout: float = TIMEOUT) -> SqlLedger:
+    """Open an existing ledger of this version's schema.
+
+    Args:
+        url: `sqlite:///relative/path.db` or `sqlite:////absolute/path.db`.
+        timeout: Seconds that a transaction waits for another one's lock.
+
+    Raises:
+        UsageError: The URL names no kind of ledger that there is.
+        LedgerUnavailable: It is missing, not readable, or of another schema version.
+
+    """
+    file = sqlite.file_of(_parse(url))
+    if not file.is_file():
+        raise LedgerUnavailable(_missing(file))
+    readers = sqlite.open_reader(file, timeout)
+    try:
+        with _transaction(readers) as connection:
+            _check_version(schema_version(connection, file), file)
+    except BaseException:
+        readers.dispose()
+        raise
+    return SqlLedger(readers, sqlite.open_writer(file, timeout))
+
+
+def migrate(url: str, *, timeout: float = TIMEOUT) -> None:
+    """Create the ledger, or bring its schema to this version, in one transaction.
+
+    A new file can be read and written by its owner alone. Several processes may do this at once.
+
+    Raises:
+        UsageError: The URL names no kind of ledger that there is.
+        LedgerUnavailable: It can't be written, is something else, or of a newer version.
+
+    """
+    from alembic import command
+    from alembic.config import Config
+
+    file = sqlite.file_of(_parse(url))
+    _create(file, timeout)
+    # Rebuilding a table, which is how SQLite alters one, must not trip over those that refer to it.
+    writer = sqlite.open_writer(file, timeout, enforce_keys=False)
+    try:
+        with _transaction(writer) as connection:
+            version = schema_version(connection, file)
+            if version is not None and version not in REVISIONS:
+                _check_version(version, file)
+            config = Config()
+            config.set_main_option("script_location", f"{__package__}:migrations")
+            config.attributes["connection"] = connection
+            command.upgrade(config, REVISIONS[-1])
+    finally:
+        writer.dispose()
+
+
+def schema_version(connection: Connection, file: Path) -> str | None:
+    """The revision of the schema; None for an empty database, LedgerUnavailable for another's."""
+    tables = inspect(connection).get_table_names()
+    if not tables:
+        return None
+    if "alembic_version" in tables and "audit_head" in tables:
+        return connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
+    raise LedgerUnavailable(
+        f"{file} is the database of something else; give the ledger a file of its own"
+    )
+
+
+def _check_version(version: str | None, file: Path) -> None:
+    if version is None:
+        raise LedgerUnavailable(_missing(file))
+    if version not in REVISIONS:
+        raise LedgerUnavailable(
+            f"the ledger {file} has schema {version}, which a newer Shipworthy made (this one knows"
+            f" {REVISIONS[-1]}); upgrade Shipworthy"
+        )
+    if version != REVISIONS[-1]:
+        raise LedgerUnavailable(
+            f"the ledger {file} has schema {version} and this version needs {REVISIONS[-1]};"
+            " `shipworthy up` brings it up to date"
+        )
+
+
+def _missing(file: Path) -> str:
+    return f"there is no ledger at {file}; `shipworthy init` makes one"
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise UsageError(f"{url!r} is no database URL; write sqlite:///ledger.db") from error
+    if parsed.drivername not in {"sqlite", "sqlite+pysqlite"}:
+        raise UsageError(
+            f"{parsed.drivername} is no kind of ledger that there is; write sqlite:///ledger.db"
+        )
+    return parsed
+
+
+def _create(file: Path, timeout: float) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+        sqlite.use_wal(file, timeout)
+    except OSError as error:
+        raise LedgerUnavailable(
+            f"the ledger {file} can't be made ({error.strerror}); check the path and the"
+            " permissions of its folder"
+        ) from error
+    except sqlite3.Error as error:
+        raise sqlite.translated(error, file) from error
+
+
+@contextmanager
+def _transaction(engine: Engine) -> Generator[Connection]:
+    """Begin, and commit on a clean exit; what fails here and not in the database has one cause."""
+    try:
+        with engine.begin() as connection:
+            yield connection
+    except SQLAlchemyError as error:
+        raise LedgerUnavailable(
+            f"the ledger has no connection free ({type(error).__name__}); try again, or let fewer"
+            " tasks use it at once"
+        ) from error
