@@ -76,6 +76,12 @@ def test_without_stable_the_comparison_can_be_switched_off() -> None:
     assert window.observe("10", True, True).tripped
 
 
+@pytest.mark.parametrize("rule", [{"failures": 21}, {"failures": 0}, {"chance": 0.0}])
+def test_a_rule_that_can_not_work_is_refused(rule: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="breaker"):
+        msgspec.convert(rule, BreakerRule)
+
+
 @given(st.lists(st.tuples(st.sampled_from([None, *"abcdefgh"]), st.booleans(), st.booleans())))
 def test_the_window_stays_small_and_serialises(
     outcomes: list[tuple[str | None, bool, bool]],

@@ -118,6 +118,12 @@ def test_limits_of_the_design() -> None:
     assert round(detection_limit(0.01, 0.02, 0.01, 0.05)) == 1256
 
 
+@pytest.mark.parametrize("rates", [(0.0, 0.1), (0.1, 0.1), (0.1, 1.0)])
+def test_no_limit_where_there_is_nothing_to_tell_apart(rates: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="no limit"):
+        detection_limit(*rates, 0.01, 0.05)
+
+
 def test_the_harm_floor_withholds_a_certain_but_tiny_harm() -> None:
     state = ErrorGuardrail()
     for _ in range(60):

@@ -25,11 +25,19 @@ class BreakerRule(msgspec.Struct, frozen=True):
             (Fisher's exact test, one-sided). At 1 the comparison is off: for a candidate that
             has no stable arm beside it.
 
+    Raises:
+        ValueError: The rule could never trip, or always would.
+
     """
 
     window: int = 20
     failures: int = 10
     chance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.failures <= self.window and 0.0 < self.chance <= 1.0):
+            msg = f"a breaker needs 1 <= failures <= window and a chance in (0, 1], not {self}"
+            raise ValueError(msg)
 
 
 class UnitOutcome(msgspec.Struct, frozen=True):

@@ -230,7 +230,13 @@ def detection_limit(p0: float, p1: float, alpha: float, weight: float) -> float:
         alpha: Chance of a false alarm.
         weight: The candidate's share of the traffic, in (0, 1).
 
+    Raises:
+        ValueError: An argument is out of its range, or the rates are equal.
+
     """
+    if p0 == p1 or not all(0.0 < value < 1.0 for value in (p0, p1, alpha, weight)):
+        msg = f"no limit for rates {p0!r} and {p1!r}, alpha {alpha!r}, weight {weight!r}"
+        raise ValueError(msg)
     stable_per_candidate = (1.0 - weight) / weight
     # The sum of divergences is least at the pooled rate.
     pooled = weight * p1 + (1.0 - weight) * p0

@@ -2,7 +2,9 @@
 
 A confidence sequence for p_candidate - p_stable, the difference of mean losses in [0, 1], that can
 be looked at after every outcome. For each limit δ on a grid it bets against the null hypothesis
-"p_candidate - p_stable >= δ" with a test martingale; what has lost 1/α times its stake is rejected.
+"p_candidate - p_stable >= δ", with a wealth of 1 to begin with. Where the null hypothesis is true
+the wealth ever reaches 1/α with a probability of at most α (Ville's inequality); where it does, δ
+is rejected.
 
 A unit's first outcome in a step is (arm, loss): the candidate's with probability w. Let c and s be
 estimates made *before* the outcome, and (c°, s°) with c° = s°+δ their projection onto the null, the
