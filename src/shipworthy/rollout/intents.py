@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shipworthy.domain import rollout as machine
-from shipworthy.domain.findings import Verdict
+from shipworthy.domain.checklist import Checklist
 from shipworthy.domain.gates import GateJudgement, judge
 from shipworthy.domain.lifecycle import (
-    FOUR_EYES,
     Deployment,
     DeploymentState,
     Intent,
@@ -40,7 +39,9 @@ def handle_intents(turn: Turn) -> None:
             turn.answer(intent, IntentStatus.REFUSED, str(error))
 
 
-def judge_entry(tx: Transaction, release: Release, stage: Stage, now: float) -> GateJudgement | str:
+def judge_entry(
+    tx: Transaction, release: Release, stage: Stage, checklist: Checklist, now: float
+) -> GateJudgement | str:
     """Judge the gate to a stage on the evidence in the ledger; a string says why it can't be."""
     stored = tx.policies.current(release.model)
     if stored is None:
@@ -56,6 +57,8 @@ def judge_entry(tx: Transaction, release: Release, stage: Stage, now: float) -> 
                 f"{release.name} is held: it is not in staging, where its evidence for production"
                 f" is observed; run 'shipworthy promote {release.name} --to staging' first."
             )
+    approvals = tx.evidence.approvals(release.digest, stage)
+    people = {approval.by for approval in approvals} | {release.created_by}
     return judge(
         stage,
         policy.promotion.gate(stage),
@@ -63,10 +66,12 @@ def judge_entry(tx: Transaction, release: Release, stage: Stage, now: float) -> 
         maker=release.created_by,
         claims=Manifest.model_validate(release.manifest).metrics,
         findings=tx.evidence.findings(release.digest),
-        approvals=tx.evidence.approvals(release.digest, stage),
-        waivers=tx.evidence.waivers(FOUR_EYES),
+        approvals=approvals,
+        waivers=tx.evidence.waivers(),
+        checklist=checklist,
         now=now,
         first=not tx.stages.history(release.model, Stage.PRODUCTION),
+        names={id: person.name for id in people if (person := tx.principals.get(id))},
     )
 
 
@@ -94,8 +99,8 @@ def _enter_gate(turn: Turn, intent: Intent, release: Release, stage: Stage) -> N
     """Judge, and on a pass start what serves the release; development has no gate."""
     text = f"{release.name} is started in development."
     if stage is not Stage.DEVELOPMENT:
-        judged = judge_entry(turn.tx, release, stage, turn.now)
-        passed = isinstance(judged, GateJudgement) and judged.verdict is Verdict.PASS
+        judged = judge_entry(turn.tx, release, stage, turn.checklist, turn.now)
+        passed = isinstance(judged, GateJudgement) and judged.passed
         text = judged if isinstance(judged, str) else judged.paragraph
         kind = "gate passed" if passed else "gate refused"
         turn.decide(release.model, kind, text, actor=intent.actor)

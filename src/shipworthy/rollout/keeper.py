@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from shipworthy.domain import rollout as machine
+from shipworthy.domain.checklist import Checklist
 from shipworthy.domain.lifecycle import DeploymentState, TrafficCount
 from shipworthy.domain.names import Stage
 from shipworthy.domain.plan import Key, Plan, Snapshot, encode_snapshot
@@ -28,6 +29,13 @@ BATCH = 5_000
 """Most records taken into one transaction."""
 KEEP_TRAFFIC_MINUTES = 7 * 24 * 60
 _LEASE_RENEWALS = 3  # a lease is renewed this many times before it would run out
+
+
+DISCARD_SECONDS = 30.0
+
+
+class Superseded(Exception):  # a state of affairs, and no fault
+    """A keeper with a later term decides now."""
 
 
 class Gathered(Protocol):
@@ -58,6 +66,7 @@ class Keeper:
     publish: Callable[[bytes], None]
     clock: Clock
     new_id: NewId
+    checklist: Checklist
     max_stale: float | None = None
     _cursors: dict[str, int] | None = None
     _fence: int = 0
@@ -67,6 +76,7 @@ class Keeper:
     )
     _published: tuple[dict[str, Plan], dict[str, Key]] | None = None
     _published_at: float = 0.0
+    _discarded_at: float = 0.0
 
     def tick(self) -> int:
         """Take one turn; returns how many records were taken in.
@@ -89,7 +99,10 @@ class Keeper:
         records, cursors = self.journal.read(self._cursors or {}, BATCH)
         gathered = self.gather(records)
         with self.ledger.write() as tx:
-            turn = Turn(tx, now, self._fence, self._keeper, self.new_id)
+            if tx.cursors.term() != self._fence:
+                message = f"another keeper took over from term {self._fence}; this one stops"
+                raise Superseded(message)
+            turn = Turn(tx, now, self._fence, self._keeper, self.new_id, self.checklist)
             tx.traffic.add(gathered.traffic)
             handle_intents(turn)
             self._advance(turn, gathered.observations)
@@ -102,6 +115,9 @@ class Keeper:
                 tx.cursors.save(cursors)
         self._cursors = cursors
         self._publish(plans, keys, now)
+        if now >= self._discarded_at + DISCARD_SECONDS:
+            self.journal.discard(cursors)
+            self._discarded_at = now
         return len(records)
 
     def _begin_term(self, now: float) -> None:

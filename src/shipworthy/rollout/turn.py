@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from shipworthy.domain.checklist import Checklist
 from shipworthy.domain.lifecycle import (
     Decision,
     Deployment,
@@ -36,6 +37,7 @@ class Turn:
     fence: int
     keeper: str
     new_id: NewId
+    checklist: Checklist
 
     def decide(
         self,

@@ -204,6 +204,10 @@ class SqlCursors:
         self._connection.execute(update(schema.keeper_term).values(number=_term.number + 1))
         return current_term(self._connection)
 
+    def term(self) -> int:
+        """The number of the newest keeper's term."""
+        return current_term(self._connection)
+
 
 def current_term(connection: Connection) -> int:
     """The number of the newest keeper's term; 0 before the first."""

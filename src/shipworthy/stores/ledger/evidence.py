@@ -65,9 +65,9 @@ class SqlEvidence:
         """Keep who set a rule aside."""
         self._connection.execute(insert(schema.waivers).values(to_row(waiver)))
 
-    def waivers(self, what: str) -> list[Waiver]:
+    def waivers(self) -> list[Waiver]:
         """Oldest first, for every model, the expired ones too."""
-        query = select(schema.waivers).where(_waivers.what == what).order_by(_waivers.sequence)
+        query = select(schema.waivers).order_by(_waivers.sequence)
         return all_of(self._connection, query, Waiver)
 
 

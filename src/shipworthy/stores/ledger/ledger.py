@@ -27,6 +27,7 @@ from shipworthy.stores.ledger.delivery import (
 from shipworthy.stores.ledger.evidence import SqlDecisions, SqlEvidence
 from shipworthy.stores.ledger.registry import SqlPolicies, SqlReleases, SqlStages
 from shipworthy.stores.ledger.schema import REVISIONS
+from shipworthy.stores.ledger.traffic import SqlTraffic
 
 TIMEOUT = 5.0
 """Seconds that a transaction waits for another one's lock."""
@@ -92,6 +93,11 @@ class SqlTransaction:
     def plans(self) -> SqlPlans:
         """What the gateway is told."""
         return SqlPlans(self._connection)
+
+    @cached_property
+    def traffic(self) -> SqlTraffic:
+        """How much each release answered."""
+        return SqlTraffic(self._connection)
 
     @cached_property
     def cursors(self) -> SqlCursors:

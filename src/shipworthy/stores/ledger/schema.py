@@ -89,6 +89,7 @@ stage_entries = Table(
     Column("release", String(71), nullable=False),
     Column("policy", String(71)),
     Column("at", _Seconds, nullable=False),
+    Column("rollback", Boolean, nullable=False),
     ForeignKeyConstraint(["model", "release"], ["releases.model", "releases.digest"]),
     Index(None, "model", "stage", "sequence"),
 )
@@ -243,6 +244,17 @@ plans = Table(
     metadata,
     Column("name", String, primary_key=True),
     Column("plan", Json, nullable=False),
+)
+
+traffic_counts = Table(
+    "traffic_counts",
+    metadata,
+    Column("plan", String, primary_key=True),
+    Column("minute", BigInteger, primary_key=True, autoincrement=False),
+    Column("release", String, primary_key=True),
+    Column("assigned", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("served", BigInteger, nullable=False),
 )
 
 journal_cursors = Table(

@@ -64,6 +64,7 @@ def _registry() -> None:
         sa.Column("release", sa.String(length=71), nullable=False),
         sa.Column("policy", sa.String(length=71), nullable=True),
         sa.Column("at", _SECONDS, nullable=False),
+        sa.Column("rollback", sa.Boolean(), nullable=False),
         sa.ForeignKeyConstraint(
             ["model", "release"],
             ["releases.model", "releases.digest"],
@@ -243,6 +244,16 @@ def _delivery() -> None:
         sa.Column("name", sa.String(), nullable=False),
         sa.Column("plan", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_plans")),
+    )
+    op.create_table(
+        "traffic_counts",
+        sa.Column("plan", sa.String(), nullable=False),
+        sa.Column("minute", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("release", sa.String(), nullable=False),
+        sa.Column("assigned", sa.BigInteger(), nullable=False),
+        sa.Column("failed", sa.BigInteger(), nullable=False),
+        sa.Column("served", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("plan", "minute", "release", name=op.f("pk_traffic_counts")),
     )
     op.create_table(
         "journal_cursors",

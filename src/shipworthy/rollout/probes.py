@@ -1,0 +1,115 @@
+"""Checks on the move itself: what is served where, whose the traffic is, and whether we can return.
+
+Each observes and says what it saw; none judges by what was merely asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from shipworthy.domain.findings import Finding, Verdict
+from shipworthy.domain.lifecycle import Release, TrafficCount
+from shipworthy.domain.manifest import Manifest
+from shipworthy.errors import ShipworthyError
+from shipworthy.ports import Blobs, HttpClient
+
+VALID_SECONDS = 24 * 3600.0
+"""How long these findings may be relied on."""
+LEAST_REQUESTS = 20
+"""Fewer answers than this say nothing about where the traffic goes."""
+
+
+async def probe_parity(
+    release: Release, endpoints: Sequence[str], http: HttpClient, *, now: float
+) -> Finding:
+    """parity.version: the digest that each endpoint reports is the one that was registered."""
+    reported: dict[str, str] = {}
+    for endpoint in endpoints:
+        reported[endpoint] = await _reported_digest(endpoint, release.model, http)
+    wrong = {url: digest for url, digest in reported.items() if digest != release.digest}
+    silent = [url for url, digest in wrong.items() if not digest.startswith("sha256:")]
+    if not reported or silent:
+        verdict = Verdict.ERROR if not reported else Verdict.INCONCLUSIVE
+        observed = "no endpoint answers" if not reported else f"{silent[0]}: {wrong[silent[0]]}"
+    else:
+        verdict = Verdict.FAIL if wrong else Verdict.PASS
+        observed = next(iter(wrong.values()), release.digest)
+    return Finding(
+        check="parity.version",
+        verdict=verdict,
+        observed=observed,
+        threshold=f"each endpoint reports {release.digest}",
+        at=now,
+        expires=now + VALID_SECONDS,
+        evidence={"reported": reported},
+    )
+
+
+async def _reported_digest(endpoint: str, model: str, http: HttpClient) -> str:
+    try:
+        answer = await http.request("GET", f"{endpoint}/v2/models/{model}", timeout=5.0)
+    except ShipworthyError as error:
+        return f"does not answer ({error})"
+    if answer.status != 200:
+        return f"answers {answer.status}"
+    try:
+        content: Any = json.loads(answer.body)
+        return str(content["parameters"]["digest"])
+    except (ValueError, KeyError, TypeError):
+        return "reports no digest"
+
+
+def probe_traffic(
+    release: Release, plan: str, counts: Iterable[TrafficCount], *, now: float
+) -> Finding:
+    """traffic.moved: since the move all answers came from this release, by the gateway's records.
+
+    `counts` begin with the first whole minute behind the move.
+    """
+    served: dict[str, int] = {}
+    for count in counts:
+        served[count.release] = served.get(count.release, 0) + count.served
+    total, ours = sum(served.values()), served.get(release.name, 0)
+    if total < LEAST_REQUESTS:
+        verdict = Verdict.INCONCLUSIVE
+        observed = f"only {total} answers in whole minutes since the move"
+    else:
+        verdict = Verdict.PASS if ours == total else Verdict.FAIL
+        observed = f"{ours:,} of {total:,} answers came from {release.name}"
+    return Finding(
+        check="traffic.moved",
+        verdict=verdict,
+        observed=observed,
+        threshold=f"all of at least {LEAST_REQUESTS} answers",
+        at=now,
+        expires=now + VALID_SECONDS,
+        evidence={"plan": plan, "served": served},
+    )
+
+
+def probe_restorable(previous: Release, blobs: Blobs, *, warm: bool, now: float) -> Finding:
+    """rollback.restorable: all pinned parts of the release before are here and unaltered."""
+    manifest = Manifest.model_validate(previous.manifest)
+    problems: list[str] = []
+    if manifest.digest() != previous.digest:
+        problems.append(f"its manifest has the digest {manifest.digest()}, not {previous.digest}")
+    files = manifest.pinned_files()
+    for file in files:
+        try:
+            blobs.verify(file)
+        except ShipworthyError as error:
+            problems.append(str(error))
+    size = sum(file.size for file in files)
+    kept = "still warm" if warm else "stopped; it would be restored"
+    return Finding(
+        check="rollback.restorable",
+        verdict=Verdict.FAIL if problems else Verdict.PASS,
+        observed="; ".join(problems)
+        or f"{previous.name}: {len(files)} files, {size:,} bytes, all re-read and equal; {kept}",
+        threshold="every pinned part present, every digest equal",
+        at=now,
+        expires=now + VALID_SECONDS,
+        evidence={"release": previous.digest, "files": [file.digest for file in files]},
+    )
