@@ -128,6 +128,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     keys: dict[str, Key]
     max_stale: float | None = None
     format: int = SNAPSHOT_FORMAT
+    fence: int = 0
 
 
 _encoder = msgspec.json.Encoder()

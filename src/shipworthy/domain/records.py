@@ -64,7 +64,10 @@ class InferenceRecord(
 
 
 class FeedbackRecord(msgspec.Struct, frozen=True, kw_only=True, tag="feedback", omit_defaults=True):
-    """What somebody said later about one inference. The newest of a unit's ratings counts."""
+    """What somebody said later about one inference. The newest of a unit's ratings counts.
+
+    `assigned` is the inference's arm and `asked_at` its Unix time, both from its signed id.
+    """
 
     id: str
     at: float
@@ -75,6 +78,8 @@ class FeedbackRecord(msgspec.Struct, frozen=True, kw_only=True, tag="feedback", 
     value: float | str | bool | dict[str, object] | list[object] | None
     unit: str | None = None
     trusted: bool = False
+    assigned: ArmName | None = None
+    asked_at: float | None = None
 
 
 Record = InferenceRecord | FeedbackRecord

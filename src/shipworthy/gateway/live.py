@@ -1,0 +1,121 @@
+"""Plans made ready to be obeyed, and what outlives a change of plan: endpoints, breakers, budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+from shipworthy.domain.plan import Arm, Endpoint, Plan, Snapshot
+from shipworthy.domain.routing import ArmName
+from shipworthy.gateway.credentials import resolve
+from shipworthy.gateway.options import GatewayOptions
+from shipworthy.gateway.shield import Breaker, Budget, Gate
+from shipworthy.gateway.upstream import EndpointState
+from shipworthy.protocols.oip import ContractChecker
+
+_T = TypeVar("_T")
+
+
+class LiveArm:
+    """An arm with its checker, its endpoints' state and the gate in front of them."""
+
+    def __init__(
+        self, name: ArmName, arm: Arm, endpoints: tuple[EndpointState, ...], gate: Gate
+    ) -> None:
+        self.name: ArmName = name
+        self.arm = arm
+        self.checker = ContractChecker(arm.contract)
+        self.endpoints = endpoints
+        self.gate = gate
+        self.repeatable = arm.contract.side_effects == "none"
+        self.headers = [
+            (b"x-shipworthy-release", arm.release.encode()),
+            (b"x-shipworthy-digest", arm.digest.encode()),
+        ]
+
+    @property
+    def ready(self) -> bool:
+        """Whether an endpoint is there that is not set aside."""
+        return any(not endpoint.ejected for endpoint in self.endpoints)
+
+
+class LivePlan:
+    """A plan with everything that obeying it needs."""
+
+    def __init__(self, plan: Plan, stable: LiveArm, candidate: LiveArm | None) -> None:
+        self.plan = plan
+        self.stable = stable
+        self.candidate = candidate
+        self.same_contract = candidate is None or candidate.arm.contract == stable.arm.contract
+        self.breaker: Breaker
+        self.fallbacks: Budget
+        self.retries: Budget
+        self.turn = 0
+
+    def arm(self, name: ArmName) -> LiveArm:
+        """The arm of that name; a plan without a candidate has only stable."""
+        return self.candidate if name == "candidate" and self.candidate else self.stable
+
+    def pinned(self, version: str) -> LiveArm | None:
+        """The arm that runs this version now, if one does."""
+        for arm in (self.stable, self.candidate):
+            if arm is not None and str(arm.arm.version) == version:
+                return arm
+        return None
+
+
+class Fleet:
+    """All live plans. A new snapshot replaces them; what they share by name is carried over, so a
+    change of plan closes no breaker, resets no budget and readmits no endpoint."""
+
+    def __init__(self, options: GatewayOptions) -> None:
+        self.plans: Mapping[str, LivePlan] = {}
+        self._options = options
+        self._kept: dict[Hashable, Any] = {}
+        self._next: dict[Hashable, Any] = {}
+
+    def obey(self, snapshot: Snapshot) -> None:
+        """Put a snapshot's plans in force. Requests under way finish by the plan they began with."""
+        self._next = {}
+        self.plans = {name: self._live(plan) for name, plan in snapshot.plans.items()}
+        self._kept = self._next
+
+    def _live(self, plan: Plan) -> LivePlan:
+        stable = self._arm(plan, "stable", plan.stable)
+        candidate = plan.candidate and self._arm(plan, "candidate", plan.candidate)
+        live = LivePlan(plan, stable, candidate)
+        shield, name = plan.shield, plan.name
+        tried = plan.candidate.digest if plan.candidate else ""
+        window, failures = shield.breaker_window, shield.breaker_failures
+        live.breaker = self._keep(
+            ("breaker", name, plan.rollout, tried, window, failures, shield.breaker_seconds),
+            lambda: Breaker(window, failures, shield.breaker_seconds),
+        )
+        live.fallbacks = self._keep(
+            ("fallbacks", name, shield.fallback_ratio, shield.fallback_burst),
+            lambda: Budget(shield.fallback_ratio, shield.fallback_burst),
+        )
+        live.retries = self._keep(
+            ("retries", name, shield.retry_ratio, shield.retry_burst),
+            lambda: Budget(shield.retry_ratio, shield.retry_burst),
+        )
+        return live
+
+    def _arm(self, plan: Plan, name: ArmName, arm: Arm) -> LiveArm:
+        gate = self._keep(
+            ("gate", plan.name, arm.digest),
+            lambda: Gate(self._options.max_in_flight, self._options.max_queued),
+        )
+        return LiveArm(name, arm, tuple(map(self._endpoint, arm.endpoints)), gate)
+
+    def _endpoint(self, endpoint: Endpoint) -> EndpointState:
+        secret = resolve(endpoint.credential)
+        return self._keep(
+            ("endpoint", endpoint.url, secret),
+            lambda: EndpointState(endpoint.url, secret, self._options),
+        )
+
+    def _keep(self, name: Hashable, make: Callable[[], _T]) -> _T:
+        if name not in self._next:
+            self._next[name] = self._kept[name] if name in self._kept else make()
+        return self._next[name]

@@ -1,0 +1,220 @@
+"""uvicorn's HTTP protocol with limits: a client can hold a connection, some memory and no more.
+
+What uvicorn leaves open is closed here: the size and number of headers, the time that a client may
+take to send them, the number of connections, and the end of a request that nobody waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any, Final
+
+import httptools
+from uvicorn import Config
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+from uvicorn.server import ServerState
+
+from shipworthy.gateway.metrics import Metrics
+from shipworthy.gateway.options import GatewayOptions
+from shipworthy.protocols.oip import error_body
+
+_LINGER_SECONDS: Final = 1.0
+_LINGER_BYTES: Final = 4 * 1024 * 1024
+
+
+class _RefusedHead(Exception):  # noqa: N818  # control flow out of a parser callback
+    """Raised in a callback to stop the parser; the refusal is in the protocol."""
+
+
+class GatewayProtocol(HttpToolsProtocol):
+    """One client connection.
+
+    `lost` says that it is closed. Its current request's task is cancelled when that happens before
+    the answer is out, so that no upstream works for nobody.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state: ServerState,
+        *,
+        options: GatewayOptions,
+        metrics: Metrics,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        super().__init__(config=config, server_state=state, app_state={}, _loop=loop)
+        self.access_log = False
+        self.lost = False
+        self._options = options
+        self._metrics = metrics
+        self._task: asyncio.Task[None] | None = None
+        self._running: RequestResponseCycle | None = None
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._in_head = True
+        self._head_bytes = 0  # received since the last message's end, body aside
+        self._headers_bytes = 0  # of complete headers of this message
+        self._refusal: tuple[int, str] | None = None
+        self._lingered: int | None = None
+        self._closer = _Closer(self)
+
+    # --- connection -------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._closer.attach(transport)
+        if len(self.connections) > self._options.max_connections:
+            self._refuse(503, "the gateway has as many connections as it may", "too_many")
+            return
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
+        self._stop_head_timer()
+        super().connection_lost(exc)
+        if self._running is not None:
+            self._running.disconnected = True
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingered is not None:
+            self._lingered += len(data)
+            if self._lingered > _LINGER_BYTES:
+                self.transport.abort()
+            return
+        self._unset_keepalive_if_required()
+        if self._in_head:
+            self._head_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self.cycle.keep_alive = False  # answered as plain HTTP; what follows is not
+        except httptools.HttpParserError:
+            status, message = self._refusal or (400, "this is not valid HTTP/1.1")
+            self._refuse(status, message, "head" if self._refusal else "not_http")
+            return
+        if self._in_head and self._head_bytes:
+            if self._head_bytes > self._options.max_head + self._options.max_request_line:
+                self._refuse(431, "the headers are too large; send fewer or shorter ones", "head")
+            elif self._head_timer is None:
+                self._await_head()
+
+    # --- parser -----------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["shipworthy.connection"] = self  # type: ignore[typeddict-unknown-key]
+        self._headers_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        if len(self.url) > self._options.max_request_line:
+            self._stop_parser(414, "the address is too long")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._headers_bytes += len(name) + len(value) + 4
+        if self._headers_bytes > self._options.max_head:
+            self._stop_parser(431, "the headers are too large; send fewer or shorter ones")
+        if len(self.headers) > self._options.max_headers:
+            self._stop_parser(431, f"there are more than {self._options.max_headers} headers")
+
+    def on_headers_complete(self) -> None:
+        self._stop_head_timer()
+        self._in_head = False
+        self._head_bytes = 0
+        super().on_headers_complete()
+        self.cycle.transport = self._closer  # type: ignore[assignment]  # as much as is used of it
+
+    def on_message_complete(self) -> None:
+        self._in_head = True
+        super().on_message_complete()
+
+    def _stop_parser(self, status: int, message: str) -> None:
+        self._refusal = status, message
+        raise _RefusedHead
+
+    # --- requests ---------------------------------------------------------------------------
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        task = self.loop.create_task(cycle.run_asgi(app))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
+        self._task = task
+        self._running = cycle
+
+    def timeout_keep_alive_handler(self) -> None:
+        """End an idle connection; at once if its client does not even read the last answer."""
+        if self.transport.is_closing():
+            return
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    # --- endings ----------------------------------------------------------------------------
+
+    def close_gently(self) -> None:
+        """Close; if the client is still sending, first let it read why it should stop.
+
+        Closing with unread data resets the connection, and the client might never see the answer.
+        """
+        if self._in_head or self.transport.is_closing():
+            self.transport.close()
+            return
+        self._lingered = 0
+        with contextlib.suppress(OSError, RuntimeError):
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """Override: the protocol's own shape."""
+        self._refuse(400, msg, "not_http")
+
+    def _refuse(self, status: int, message: str, why: str) -> None:
+        """Say no to the connection itself, and end it."""
+        self._stop_head_timer()
+        self._metrics.bad_requests.labels(why).inc()
+        if self.transport.is_closing():
+            return
+        body = error_body(message)
+        retry = b"retry-after: 1\r\n" if status == 503 else b""
+        self.transport.write(
+            b"%scontent-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n%s"
+            % (STATUS_LINE[status], len(body), retry, body)
+        )
+        self._in_head = False
+        self.close_gently()
+
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(self._options.head_seconds, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self._head_bytes:
+            self._refuse(408, "the headers did not arrive in time", "slow_head")
+        else:
+            self.transport.close()  # it never asked for anything
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+class _Closer:
+    """A request's view of its transport, whose `close` is the connection's `close_gently`."""
+
+    def __init__(self, connection: GatewayProtocol) -> None:
+        self.close = connection.close_gently
+
+    def attach(self, transport: asyncio.Transport) -> None:
+        """Pass everything else through."""
+        self.write = transport.write
+        self.is_closing = transport.is_closing

@@ -1,0 +1,315 @@
+"""A gateway worker: one process that listens, answers, and ends in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Generator
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvloop
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from shipworthy.domain.plan import Snapshot
+from shipworthy.errors import Unavailable
+from shipworthy.gateway.application import Application
+from shipworthy.gateway.capture import Capture
+from shipworthy.gateway.feedback import FeedbackDoor
+from shipworthy.gateway.http import BodyMemory
+from shipworthy.gateway.inference import InferenceDoor
+from shipworthy.gateway.live import Fleet
+from shipworthy.gateway.metrics import Metrics
+from shipworthy.gateway.options import GatewayOptions
+from shipworthy.gateway.protocol import GatewayProtocol
+from shipworthy.gateway.snapshot import SnapshotFollower
+from shipworthy.gateway.tickets import Pseudonyms, TicketOffice
+from shipworthy.gateway.upstream import Upstream
+from shipworthy.ports import Clock, JournalWriter
+
+_log = logging.getLogger("shipworthy.gateway")
+
+Ready = Callable[[str, int], None]
+"""Called with host and port once the worker listens."""
+
+
+def run(
+    options: GatewayOptions,
+    *,
+    journal: JournalWriter,
+    snapshot_path: Path,
+    signing_secret: bytes,
+    pseudonym_secret: bytes,
+    clock: Clock,
+    uniform: Callable[[], float],
+) -> None:
+    """Serve until SIGTERM or SIGINT, on a uvloop of its own; see `serve`."""
+    uvloop.run(
+        serve(
+            options,
+            journal=journal,
+            snapshot_path=snapshot_path,
+            signing_secret=signing_secret,
+            pseudonym_secret=pseudonym_secret,
+            clock=clock,
+            uniform=uniform,
+        )
+    )
+
+
+async def serve(
+    options: GatewayOptions,
+    *,
+    journal: JournalWriter,
+    snapshot_path: Path,
+    signing_secret: bytes,
+    pseudonym_secret: bytes,
+    clock: Clock,
+    uniform: Callable[[], float],
+    ready: Ready | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serve until SIGTERM, SIGINT or `stop`, then finish what is under way.
+
+    `journal` stays the caller's to close. Both secrets must be the same in all workers and after a
+    restart: the one signs inference ids, the other keys the pseudonyms of units. `uniform` draws
+    from [0, 1). Without a snapshot yet, the worker listens and says that it is not ready.
+
+    Raises Unavailable when it can't listen, and UsageError for a secret that is too short.
+    """
+    ending = stop or asyncio.Event()
+    metrics = Metrics()
+    state = ServerState()
+    async with Upstream(options, lambda _: metrics.ejections.inc()) as upstream:
+        application, follower = _assemble(
+            options,
+            upstream,
+            metrics,
+            journal=journal,
+            snapshot_path=snapshot_path,
+            signing_secret=signing_secret,
+            pseudonym_secret=pseudonym_secret,
+            clock=clock,
+            uniform=uniform,
+            connections=lambda: len(state.connections),
+        )
+        follower.poll()
+        with _stopped_by_signals(ending):
+            async with (
+                _listening(options, application, state, metrics) as address,
+                _in_background(follower.follow(options.snapshot_seconds)),
+                _in_background(_keep_date(state)),
+            ):
+                _announce(options, address, ready)
+                await ending.wait()
+                application.draining = True
+                await asyncio.sleep(options.unready_seconds)
+
+
+def _assemble(
+    options: GatewayOptions,
+    upstream: Upstream,
+    metrics: Metrics,
+    *,
+    journal: JournalWriter,
+    snapshot_path: Path,
+    signing_secret: bytes,
+    pseudonym_secret: bytes,
+    clock: Clock,
+    uniform: Callable[[], float],
+    connections: Callable[[], int],
+) -> tuple[Application, SnapshotFollower]:
+    worker = secrets.token_bytes(4)
+    fleet = Fleet(options)
+    tickets = TicketOffice(signing_secret, worker=worker)
+    memory = BodyMemory(options.max_buffered)
+
+    def changed(snapshot: Snapshot) -> None:
+        fleet.obey(snapshot)
+
+    follower = SnapshotFollower(
+        snapshot_path,
+        clock=clock,
+        monotonic=time.monotonic,
+        changed=changed,
+        refused=lambda why: metrics.refused_snapshots.labels(why).inc(),
+    )
+    inference = InferenceDoor(
+        options,
+        follower=follower,
+        upstream=upstream,
+        capture=Capture(journal, metrics, clock),
+        metrics=metrics,
+        tickets=tickets,
+        pseudonyms=Pseudonyms(pseudonym_secret),
+        memory=memory,
+        clock=clock,
+        monotonic=time.monotonic,
+        uniform=uniform,
+    )
+    feedback = FeedbackDoor(
+        options,
+        journal=journal,
+        tickets=tickets,
+        metrics=metrics,
+        memory=memory,
+        clock=clock,
+        worker=worker,
+    )
+    application = Application(
+        follower=follower,
+        fleet=fleet,
+        inference=inference,
+        feedback=feedback,
+        metrics=metrics,
+        clock=clock,
+        connections=connections,
+        access_log=options.access_log,
+    )
+    return application, follower
+
+
+# --- listening --------------------------------------------------------------------------------
+
+
+def _bind(options: GatewayOptions) -> socket.socket:
+    host, port = options.host, options.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise Unavailable(f"{host!r} is no address to listen on; set another host") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if options.reuse_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            problem = (
+                f"port {port} on {host} is in use; stop what listens there or set another port"
+            )
+        else:
+            problem = f"port {port} on {host} can't be opened ({error.strerror}); set another one"
+        raise Unavailable(problem) from error
+    listener.setblocking(False)
+    return listener
+
+
+@contextlib.asynccontextmanager
+async def _listening(
+    options: GatewayOptions, application: Application, state: ServerState, metrics: Metrics
+) -> AsyncGenerator[tuple[str, int]]:
+    """Accept connections; on leaving, no new ones, and those that are there finish."""
+    config = Config(
+        application,  # type: ignore[arg-type]  # ASGI, with looser types
+        interface="asgi3",
+        http=GatewayProtocol,
+        ws="none",
+        lifespan="off",
+        loop="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=options.keep_alive_seconds,  # type: ignore[arg-type]  # any number
+    )
+    config.load()
+    loop = asyncio.get_running_loop()
+    listener = _bind(options)
+    server = await loop.create_server(
+        lambda: GatewayProtocol(config, state, options=options, metrics=metrics, loop=loop),
+        sock=listener,
+        backlog=2048,
+    )
+    try:
+        host, port = listener.getsockname()[:2]
+        yield host, port
+    finally:
+        server.close()
+        await _drain(state, options.drain_seconds)
+
+
+async def _drain(state: ServerState, seconds: float) -> None:
+    """Let requests under way finish for so long, then end them; they still get an answer."""
+    for connection in list(state.connections):
+        connection.shutdown()
+    end = time.monotonic() + seconds
+    while state.connections and time.monotonic() < end:
+        await asyncio.sleep(0.02)
+    if state.tasks:
+        _log.warning("%d requests did not end in %g s and are cut off", len(state.tasks), seconds)
+    for task in list(state.tasks):
+        task.cancel()
+    if state.tasks:
+        await asyncio.wait(list(state.tasks), timeout=1.0)
+    for connection in list(state.connections):
+        if connection.transport is not None:
+            connection.transport.close()
+
+
+async def _keep_date(state: ServerState) -> None:
+    """The Date header, renewed each second instead of for each answer."""
+    while True:
+        state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
+        await asyncio.sleep(1.0)
+
+
+# --- life -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(ending: asyncio.Event) -> Generator[None]:
+    """SIGTERM and SIGINT end the worker, where signals can be caught at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for one in signals:
+        loop.add_signal_handler(one, ending.set)
+    try:
+        yield
+    finally:
+        for one in signals:
+            loop.remove_signal_handler(one)
+
+
+@contextlib.asynccontextmanager
+async def _in_background(work: Any) -> AsyncGenerator[None]:
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def _announce(options: GatewayOptions, address: tuple[str, int], ready: Ready | None) -> None:
+    host, port = address
+    _log.info("listening on http://%s:%d", host, port)
+    if options.ready_file is not None:
+        content = {"host": host, "port": port, "pid": os.getpid()}
+        partial = options.ready_file.with_name(f".{options.ready_file.name}.{os.getpid()}")
+        partial.write_bytes(msgspec.json.encode(content))
+        partial.replace(options.ready_file)
+    if ready is not None:
+        ready(host, port)
