@@ -367,6 +367,15 @@ class RunningReplica(Protocol):
         """Why it is not running, in one sentence; None while it starts or runs."""
         ...
 
+    @property
+    def doing(self) -> str:
+        """What goes on now, for people: `collecting packages: 3 of 12`, `ready`, the problem."""
+        ...
+
+    def last_lines(self, count: int = 20) -> list[str]:
+        """The newest lines of its log, oldest first; none where the log is elsewhere."""
+        ...
+
     async def stop(self, grace: float) -> None:
         """Drain, then end it; by force after `grace` seconds."""
         ...

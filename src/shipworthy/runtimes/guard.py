@@ -1,0 +1,37 @@
+"""Runs any server's command and ends it, with all that it started, when stdin does.
+
+`python -I guard.py COMMAND…`, started in a process group of its own. Our own model server watches
+its stdin itself; a server that is not ours would outlive the one that asked for it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+
+def main(command: Sequence[str]) -> int:
+    """Run the command; its exit code, in the shell's way when a signal ended it."""
+    try:
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        sys.stderr.write(f"{command[0]} does not start: {error.strerror}\n")
+        return 127
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGINT):  # the group has them too: only wait
+        signal.signal(number, signal.SIG_IGN)
+    code = server.wait()
+    return 128 - code if code < 0 else code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
