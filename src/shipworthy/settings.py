@@ -55,6 +55,7 @@ class KeySettings(Document):
 class Settings(Document):
     """`shipworthy.yaml`. `ledger` is a database URL; absent, it is SQLite in the project."""
 
+    preset: str = "standard"
     ledger: str | None = None
     gateway: GatewaySettings = GatewaySettings()
     journal: JournalSettings = JournalSettings()

@@ -1,0 +1,1 @@
+"""The only wiring: settings become adapters, rooms, loops and processes here and nowhere else."""

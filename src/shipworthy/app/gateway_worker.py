@@ -1,0 +1,57 @@
+"""A gateway worker's process: `python -m shipworthy.app.gateway_worker STATE OPTIONS`.
+
+STATE is the project's state folder, OPTIONS the worker's options as JSON. It reads no settings and
+imports no more than the gateway needs, so that it starts fast, stays small, and starts again when
+keeper and ledger are gone.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+
+from shipworthy.app.processes import log_to_stderr
+from shipworthy.errors import ShipworthyError
+from shipworthy.gateway.options import GatewayOptions
+from shipworthy.gateway.server import run
+from shipworthy.stores.journal import JournalWriter
+
+
+class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is told. Paths come as text."""
+
+    gateway: GatewayOptions
+    worker: str
+    journal_bytes: int
+
+
+def main(state: Path, options: WorkerOptions) -> int:
+    """Serve until told to stop, or until the process that started this one is gone."""
+    log_to_stderr()
+    try:
+        journal = JournalWriter(
+            state / "journals", worker=options.worker, max_bytes=options.journal_bytes
+        )
+        with closing(journal):
+            run(
+                options.gateway,
+                journal=journal,
+                snapshot_path=state / "snapshot",
+                signing_secret=(state / "secrets" / "signing").read_bytes(),
+                pseudonym_secret=(state / "secrets" / "pseudonyms").read_bytes(),
+                clock=time.time,
+                uniform=random.SystemRandom().random,
+            )
+    except ShipworthyError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=WorkerOptions)))
