@@ -340,3 +340,8 @@ class Manifest(_Common):
         """Every stored file that the release needs in order to start."""
         lock = (self.environment.lock,) if self.environment.lock else ()
         return tuple(file for artifact in self.artifacts for file in artifact.files) + lock
+
+    def stored_files(self) -> tuple[PinnedFile, ...]:
+        """Every file of the release that is in the blob store: the pinned ones and the samples."""
+        samples = (file for data in self.data if data.role == "sample" for file in data.files)
+        return self.pinned_files() + tuple(samples)
