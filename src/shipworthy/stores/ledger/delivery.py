@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 from sqlalchemy import (
@@ -20,7 +20,6 @@ from sqlalchemy import (
 from shipworthy.domain.lifecycle import Deployment, DeploymentState, Intent, IntentStatus
 from shipworthy.domain.plan import Plan
 from shipworthy.domain.rollout import RolloutState, UnitHistory
-from shipworthy.errors import Conflict
 from shipworthy.stores.ledger import schema
 from shipworthy.stores.ledger.rows import all_of, first_of, replace, to_row, unreadable
 
@@ -135,16 +134,16 @@ class SqlRollouts:
             {"rollout": id, "unit": unit, "history": _packer.encode(history)}
             for unit, history in changed.items()
         ]
-        # Two passes over thousands of rows, in the database's own loop.
-        known = delete(schema.rollout_units).where(
-            _units.rollout == id, _units.unit == bindparam("known")
-        )
-        self._connection.execute(known, [{"known": unit} for unit in changed])
+        self.forget_units(id, changed)  # two passes over all rows are quicker than a look at each
         self._connection.execute(insert(schema.rollout_units), rows)
 
-    def forget_units(self, id: str) -> None:
-        """Drop the counted units of a rollout that ended."""
-        self._connection.execute(delete(schema.rollout_units).where(_units.rollout == id))
+    def forget_units(self, id: str, units: Iterable[str] | None = None) -> None:
+        """Drop these counted units, or all of them."""
+        forget = delete(schema.rollout_units).where(_units.rollout == id)
+        if units is None:
+            self._connection.execute(forget)
+        elif named := [{"named": unit} for unit in units]:
+            self._connection.execute(forget.where(_units.unit == bindparam("named")), named)
 
     def _first(self, query: Select[bytes]) -> RolloutState | None:
         row = self._connection.execute(query).first()
@@ -158,13 +157,7 @@ class SqlPlans:
         self._connection = connection
 
     def put(self, plan: Plan) -> None:
-        """Insert or replace by name; Conflict when a keeper of a later term has taken over."""
-        term = current_term(self._connection)
-        if plan.fence < term:
-            raise Conflict(
-                f"the plan {plan.name} comes from keeper term {plan.fence}, and term {term} has"
-                " begun; stop the older keeper"
-            )
+        """Insert or replace by name."""
         row = {"name": plan.name, "plan": to_row(plan)}
         replace(self._connection, schema.plans, _plans.name == plan.name, row)
 
@@ -202,16 +195,11 @@ class SqlCursors:
     def begin_term(self) -> int:
         """Count one more keeper; its number fences off the ones before."""
         self._connection.execute(update(schema.keeper_term).values(number=_term.number + 1))
-        return current_term(self._connection)
+        return self.term()
 
     def term(self) -> int:
-        """The number of the newest keeper's term."""
-        return current_term(self._connection)
-
-
-def current_term(connection: Connection) -> int:
-    """The number of the newest keeper's term; 0 before the first."""
-    return connection.execute(select(_term.number)).scalar_one()
+        """The newest keeper's number, 0 before the first: one with a lower number must stop."""
+        return self._connection.execute(select(_term.number)).scalar_one()
 
 
 _all_deployments = select(schema.deployments)

@@ -160,7 +160,7 @@ waivers = Table(
     "waivers",
     metadata,
     _sequence(),
-    Column("what", String, nullable=False, index=True),
+    Column("what", String, nullable=False),
     Column("by", String, nullable=False),
     Column("at", _Seconds, nullable=False),
     Column("reason", Text, nullable=False),

@@ -158,7 +158,6 @@ def _evidence() -> None:
         sa.Column("until", _SECONDS, nullable=True),
         sa.PrimaryKeyConstraint("sequence", name=op.f("pk_waivers")),
     )
-    op.create_index(op.f("ix_waivers_what"), "waivers", ["what"])
     op.create_table(
         "decisions",
         _sequence(),
