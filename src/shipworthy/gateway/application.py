@@ -29,10 +29,9 @@ from shipworthy.gateway.http import (
     send_answer,
 )
 from shipworthy.gateway.inference import InferenceDoor
-from shipworthy.gateway.live import Fleet, LiveArm, LivePlan
-from shipworthy.gateway.metrics import CONTENT_TYPE, Metrics
-from shipworthy.gateway.snapshot import SnapshotFollower
-from shipworthy.ports import Clock
+from shipworthy.gateway.live import LiveArm, LivePlan
+from shipworthy.gateway.metrics import CONTENT_TYPE
+from shipworthy.gateway.parts import Parts
 from shipworthy.protocols import oip
 
 _log = logging.getLogger("shipworthy.gateway")
@@ -50,33 +49,26 @@ _MAX_KEY: Final = 512
 
 
 class Application:
-    """Routes requests. `draining` is set while the worker ends: it is not ready any more."""
+    """Routes requests.
 
-    def __init__(
-        self,
-        *,
-        follower: SnapshotFollower,
-        fleet: Fleet,
-        inference: InferenceDoor,
-        feedback: FeedbackDoor,
-        metrics: Metrics,
-        clock: Clock,
-        connections: Callable[[], int],
-        access_log: bool = False,
-    ) -> None:
+    `draining` is set while the worker ends: it is not ready any more. `connections` counts the open
+    ones, for the metrics.
+    """
+
+    def __init__(self, parts: Parts, *, connections: Callable[[], int]) -> None:
         self.draining = False
-        self._follower = follower
-        self._fleet = fleet
-        self._inference = inference
-        self._feedback = feedback
-        self._metrics = metrics
-        self._clock = clock
+        self._follower = parts.follower
+        self._fleet = parts.fleet
+        self._metrics = parts.metrics
+        self._clock = parts.outside.clock
+        self._access_log = parts.options.access_log
         self._connections = connections
-        self._access_log = access_log
+        self._inference = InferenceDoor(parts)
+        self._feedback = FeedbackDoor(parts)
         self._faults: set[tuple[str, int]] = set()
         self._open_doors: dict[str, Callable[[], Answer]] = {
-            "/healthz": lambda: Answer(200, oip.server_live(True)),
-            "/v2/health/live": lambda: Answer(200, oip.server_live(True)),
+            "/healthz": _liveness,
+            "/v2/health/live": _liveness,
             "/readyz": self._readiness,
             "/v2/health/ready": self._readiness,
             "/metrics": self._exposition,
@@ -92,7 +84,7 @@ class Application:
             answer = await self._answer(request)
             if self._access_log:
                 self._log_access(request, answer, time.monotonic() - began)
-            await send_answer(send, answer)
+            await send_answer(send, answer, close=request.leaves_body())
         except ClientGone:
             return
         except asyncio.CancelledError:
@@ -107,7 +99,7 @@ class Application:
             return refusal.answer()
         except ClientGone:
             raise
-        except Exception as fault:
+        except Exception as fault:  # noqa: BLE001  # the client gets an answer, whatever it is
             self._note_fault(fault)
             return Answer(500, oip.error_body("the gateway has a fault; it is in its log"), [CLOSE])
 
@@ -139,7 +131,7 @@ class Application:
         name = live.plan.name
         arm = pinned or live.stable
         if match["rest"] == "/ready":
-            return _done(Answer(200 if arm.ready else 503, oip.model_ready(name, arm.ready)))
+            return _done(Answer(200 if arm.ready else 503, oip.model_ready(name, ready=arm.ready)))
         arms = [pinned] if pinned else [live.stable, *filter(None, [live.candidate])]
         if key.role == "client":
             arms = [live.stable]  # who is being tried out is nobody's business
@@ -150,7 +142,7 @@ class Application:
         return _done(Answer(200, document, arm.headers))
 
     def _authenticate(self, request: Request) -> Key:
-        """The key that was sent: 401 for one that opens nothing, in the same words whatever it is."""
+        """The key that was sent; 401 in the same words whatever is wrong with it."""
         if not self._follower.keys_honoured():
             raise Refusal(
                 503, "the gateway has no keys fresh enough to tell who may call", headers=[RETRY]
@@ -164,7 +156,7 @@ class Application:
         same = hmac.compare_digest(hash_key(text), key.hash if key else _NO_KEY)
         if key is None or not same or (key.expires is not None and self._clock() >= key.expires):
             self._metrics.denied.labels("unauthenticated").inc()
-            raise Refusal(401, _UNAUTHENTICATED, headers=[(b"www-authenticate", b"Bearer"), CLOSE])
+            raise Refusal(401, _UNAUTHENTICATED, headers=[(b"www-authenticate", b"Bearer")])
         return key
 
     def _plan(self, name: str, key: Key) -> LivePlan:
@@ -200,7 +192,7 @@ class Application:
 
     def _readiness(self) -> Answer:
         ready = not self.draining and self._follower.keys_honoured()
-        return Answer(200 if ready else 503, oip.server_ready(ready))
+        return Answer(200 if ready else 503, oip.server_ready(ready=ready))
 
     def _exposition(self) -> Answer:
         self._metrics.snapshot_age.set(self._follower.age())
@@ -230,6 +222,10 @@ class Application:
         _access.info(msgspec.json.encode(line).decode())
 
 
+def _liveness() -> Answer:
+    return Answer(200, oip.server_live(live=True))
+
+
 def _ending() -> Answer:
     return Answer(503, oip.error_body("the gateway is ending; ask again"), [RETRY, CLOSE])
 
@@ -237,7 +233,7 @@ def _ending() -> Answer:
 def _only(request: Request, *methods: str) -> None:
     if request.method not in methods:
         allow = ", ".join(methods)
-        raise Refusal(405, f"use {allow} here", headers=[(b"allow", allow.encode()), CLOSE])
+        raise Refusal(405, f"use {allow} here", headers=[(b"allow", allow.encode())])
 
 
 async def _done(answer: Answer) -> Answer:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, Literal
 
 from shipworthy.domain.plan import Key
 from shipworthy.domain.records import Outcome
 from shipworthy.domain.routing import ArmName, Choice
 from shipworthy.gateway.http import Refusal, Request
 from shipworthy.gateway.live import LiveArm, LivePlan
-from shipworthy.gateway.upstream import Reply
 from shipworthy.protocols.outcomes import OIP, Reason
 
 MAX_UNIT: Final = 256
@@ -52,18 +51,13 @@ class Call:
         self.first_seconds: float | None = None
         self.sent: float | None = None
         self.serving: LiveArm | None = None
-        self.answered_by: ArmName | str | None = None
+        self.answered_by: ArmName | Literal["fallback_message"] | None = None
 
     def judge(self, reason: Reason) -> None:
         """Settle the outcome, unless the first attempt has: it alone is evidence."""
         if self.outcome is None:
             self.reason = reason
             self.outcome = OIP[reason]
-
-    def note_first(self, reply: Reply, seconds: float) -> None:
-        """How the assigned arm did."""
-        self.judge(reply.reason)
-        self.first_seconds = seconds
 
 
 def unit_of(request: Request) -> str | None:
@@ -76,8 +70,10 @@ def unit_of(request: Request) -> str | None:
 
 
 def slices_of(request: Request) -> dict[str, str]:
-    """`country=DE,plan=pro` as a mapping. What is malformed or too much is left out: a label
-    that nobody can read must not cost anybody an answer."""
+    """`country=DE,plan=pro` as a mapping.
+
+    What is malformed or too much is left out: a label must not cost anybody an answer.
+    """
     raw = request.headers.get(b"x-shipworthy-slice")
     if not raw:
         return {}

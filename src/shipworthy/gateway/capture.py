@@ -1,5 +1,7 @@
-"""What is written of each call. A record that can't be written is counted; the client never waits
-for it or hears of it."""
+"""What is written of each call.
+
+A record that can't be written is counted; the client never hears of it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ class Capture:
         record = self._record(call, status, response, seconds)
         try:
             written = self._journal.append(record)
-        except Exception:
+        except Exception:  # noqa: BLE001  # capture never hurts serving
             written = False
             if not self._failing:
                 _log.exception("a record could not be written; further ones are only counted")

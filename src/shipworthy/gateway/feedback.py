@@ -12,11 +12,8 @@ from msgspec import Meta
 
 from shipworthy.domain.plan import Key
 from shipworthy.domain.records import FeedbackKind, FeedbackRecord
-from shipworthy.gateway.http import RETRY, Answer, BodyMemory, Refusal, Request
-from shipworthy.gateway.metrics import Metrics
-from shipworthy.gateway.options import GatewayOptions
-from shipworthy.gateway.tickets import TicketOffice
-from shipworthy.ports import Clock, JournalWriter
+from shipworthy.gateway.http import RETRY, Answer, Refusal, Request
+from shipworthy.gateway.parts import Parts
 
 _log = logging.getLogger("shipworthy.gateway")
 
@@ -41,26 +38,16 @@ _VALUES: dict[FeedbackKind, tuple[tuple[type, ...], str]] = {
 
 
 class FeedbackDoor:
-    """Takes feedback. `worker` makes its ids unlike those of other workers."""
+    """Takes feedback."""
 
-    def __init__(
-        self,
-        options: GatewayOptions,
-        *,
-        journal: JournalWriter,
-        tickets: TicketOffice,
-        metrics: Metrics,
-        memory: BodyMemory,
-        clock: Clock,
-        worker: bytes,
-    ) -> None:
-        self._options = options
-        self._journal = journal
-        self._tickets = tickets
-        self._metrics = metrics
-        self._memory = memory
-        self._clock = clock
-        self._worker = worker.hex()
+    def __init__(self, parts: Parts) -> None:
+        self._options = parts.options
+        self._journal = parts.outside.journal
+        self._clock = parts.outside.clock
+        self._tickets = parts.tickets
+        self._metrics = parts.metrics
+        self._memory = parts.memory
+        self._worker = parts.worker.hex()
         self._numbers = count()
 
     async def take(self, request: Request, key: Key) -> Answer:
@@ -106,7 +93,7 @@ class FeedbackDoor:
     def _written(self, record: FeedbackRecord) -> bool:
         try:
             return self._journal.append(record)
-        except Exception:
+        except Exception:  # noqa: BLE001  # whatever it is, the client must send it again
             _log.exception("feedback could not be written")
             return False
 

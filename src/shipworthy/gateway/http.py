@@ -71,7 +71,7 @@ class BodyMemory:
                 503,
                 "the gateway holds as many request bodies as it may; try again in a moment",
                 reason=Reason.FULL_GATEWAY,
-                headers=[RETRY, CLOSE],
+                headers=[RETRY],
             )
         self.held += size
 
@@ -83,7 +83,7 @@ class BodyMemory:
 class Request:
     """One request. Names of headers are lower case; of repeated ones the last counts."""
 
-    __slots__ = ("_receive", "headers", "method", "path", "scope")
+    __slots__ = ("_begun", "_receive", "_unread", "headers", "method", "path", "scope")
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.scope = scope
@@ -91,11 +91,20 @@ class Request:
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self._receive = receive
+        self._unread = True
+        self._begun = False
 
     def gone(self) -> bool:
         """Whether the client is known to have closed the connection."""
         connection = self.scope.get("shipworthy.connection")
         return connection is not None and connection.lost
+
+    def leaves_body(self) -> bool:
+        """Whether there is a body, not read, too long to be read for nothing."""
+        if not self._unread:
+            return False
+        announced = self.headers.get(b"content-length", b"0")
+        return self._begun or b"transfer-encoding" in self.headers or len(announced) > 5
 
     def text(self, name: bytes, *, at_most: int) -> str | None:
         """A header as text, None when absent or empty; 400 when it is longer than allowed.
@@ -123,41 +132,45 @@ class Request:
                 415,
                 "compressed bodies are not accepted; send it as it is",
                 reason=Reason.UNSUPPORTED,
-                headers=[CLOSE],
             )
         announced = self.headers.get(b"content-length")
         if announced and (not _LENGTH.fullmatch(announced) or int(announced) > limit):
             raise _too_large(limit)
         parts: list[bytes] = []
-        size = 0
         try:
             async with asyncio.timeout(seconds):
-                while True:
-                    message = await self._receive()
-                    if message["type"] != "http.request":
-                        raise ClientGone
-                    part: bytes = message.get("body", b"")
-                    if size + len(part) > limit:
-                        raise _too_large(limit)
-                    memory.take(len(part))
-                    size += len(part)
-                    parts.append(part)
-                    if not message.get("more_body", False):
-                        return parts[0] if len(parts) == 1 else b"".join(parts)
+                await self._collect(parts, limit, memory)
         except TimeoutError:
-            memory.give_back(size)
+            memory.give_back(sum(map(len, parts)))
             raise Refusal(
                 408,
                 f"the body did not arrive within {seconds:g} seconds",
                 reason=Reason.BODY_TIMEOUT,
-                headers=[CLOSE],
             ) from None
         except BaseException:
-            memory.give_back(size)
+            memory.give_back(sum(map(len, parts)))
             raise
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _collect(self, parts: list[bytes], limit: int, memory: BodyMemory) -> None:
+        self._begun = True
+        size = 0
+        more = True
+        while more:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                raise ClientGone
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            memory.take(len(part))
+            parts.append(part)
+            more = message.get("more_body", False)
+        self._unread = False
 
 
-class ClientGone(Exception):  # noqa: N818  # it is no error of ours
+class ClientGone(Exception):
     """The client closed the connection before it had sent the whole request."""
 
 
@@ -166,16 +179,17 @@ def _too_large(limit: int) -> Refusal:
         413,
         f"the body is larger than {limit} bytes; send smaller batches",
         reason=Reason.TOO_LARGE,
-        headers=[CLOSE],
     )
 
 
-async def send_answer(send: Send, answer: Answer) -> None:
-    """Write an answer out."""
+async def send_answer(send: Send, answer: Answer, *, close: bool = False) -> None:
+    """Write an answer out, and with `close` end the connection after it."""
     headers = [
         (b"content-type", answer.content_type),
         (b"content-length", b"%d" % len(answer.body)),
         *answer.headers,
     ]
+    if close:
+        headers.append(CLOSE)
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -18,14 +17,10 @@ from shipworthy.gateway.call import (
     unit_of,
 )
 from shipworthy.gateway.capture import Capture
-from shipworthy.gateway.http import RETRY, Answer, BodyMemory, ClientGone, Refusal, Request
+from shipworthy.gateway.http import RETRY, Answer, ClientGone, Refusal, Request
 from shipworthy.gateway.live import LiveArm, LivePlan
-from shipworthy.gateway.metrics import Metrics
-from shipworthy.gateway.options import GatewayOptions
-from shipworthy.gateway.snapshot import SnapshotFollower
-from shipworthy.gateway.tickets import Pseudonyms, TicketOffice
-from shipworthy.gateway.upstream import EndpointState, Reply, Upstream, pick
-from shipworthy.ports import Clock
+from shipworthy.gateway.parts import Parts
+from shipworthy.gateway.upstream import EndpointState, Reply, pick
 from shipworthy.protocols.oip import (
     ContractViolation,
     InferenceRequest,
@@ -79,56 +74,38 @@ class _UpstreamError(msgspec.Struct):
 class InferenceDoor:
     """Answers inference calls, and leaves a record of each."""
 
-    def __init__(
-        self,
-        options: GatewayOptions,
-        *,
-        follower: SnapshotFollower,
-        upstream: Upstream,
-        capture: Capture,
-        metrics: Metrics,
-        tickets: TicketOffice,
-        pseudonyms: Pseudonyms,
-        memory: BodyMemory,
-        clock: Clock,
-        monotonic: Callable[[], float],
-        uniform: Callable[[], float],
-    ) -> None:
-        self._options = options
-        self._follower = follower
-        self._upstream = upstream
-        self._capture = capture
-        self._metrics = metrics
-        self._tickets = tickets
-        self._pseudonyms = pseudonyms
-        self._memory = memory
-        self._clock = clock
-        self._monotonic = monotonic
-        self._uniform = uniform
+    def __init__(self, parts: Parts) -> None:
+        self._options = parts.options
+        self._follower = parts.follower
+        self._upstream = parts.upstream
+        self._metrics = parts.metrics
+        self._tickets = parts.tickets
+        self._pseudonyms = parts.pseudonyms
+        self._memory = parts.memory
+        self._clock = parts.outside.clock
+        self._monotonic = parts.outside.monotonic
+        self._uniform = parts.outside.uniform
+        self._capture = Capture(parts.outside.journal, parts.metrics, self._clock)
 
     async def infer(
         self, request: Request, key: Key, live: LivePlan, pinned: LiveArm | None
     ) -> Answer:
         """The answer, whose record is in the journal by now."""
-        problem: Refusal | None = None
-        raw: str | None = None
-        patience = 0.0
-        try:
-            raw, patience = unit_of(request), patience_of(request)
-        except Refusal as refusal:
-            problem = refusal
-        call = self._assign(request, key, live, pinned, raw)
+        unit, patience, problem = _asked(request)
+        call = self._assign(request, key, live, pinned, unit)
         call.started = self._monotonic()
+        call.patience = call.started + patience
         try:
+            answer = problem.answer() if problem else await self._answered(request, call)
             if problem:
-                raise problem
-            call.patience = call.started + patience
-            answer = await self._answered(request, call)
+                call.judge(problem.reason)
         except Refusal as refusal:
             call.judge(refusal.reason)
             answer = refusal.answer()
         except (ClientGone, asyncio.CancelledError) as end:
             gone = isinstance(end, ClientGone) or request.gone()
+            if call.outcome is None and call.attempts:  # how long it was waited for, at least
+                call.first_seconds = self._monotonic() - call.started
             call.judge(Reason.CLIENT_GONE if gone else Reason.SHUTDOWN)
             self._write(call, Answer(GONE if gone else 503, b""))
             raise
@@ -144,16 +121,16 @@ class InferenceDoor:
         return answer
 
     def _assign(
-        self, request: Request, key: Key, live: LivePlan, pinned: LiveArm | None, raw: str | None
+        self, request: Request, key: Key, live: LivePlan, pinned: LiveArm | None, unit: str | None
     ) -> Call:
         """Choose by the raw unit; from here on only its pseudonym is known."""
         if pinned is not None:
             choice = Choice(pinned.name, 1.0, "")
         else:
             now = self._follower.now_for(live.plan)
-            choice = choose(live.plan, raw, now=now, uniform=self._uniform())
+            choice = choose(live.plan, unit, now=now, uniform=self._uniform())
         call = Call(live, live.arm(choice.arm), choice, key, pinned=pinned is not None)
-        call.unit = None if raw is None else self._pseudonyms.of(raw)
+        call.unit = None if unit is None else self._pseudonyms.of(unit)
         call.slices = slices_of(request)
         call.traceparent = traceparent_of(request)
         call.id = self._tickets.issue(at=self._clock(), key=key.id, arm=choice.arm, unit=call.unit)
@@ -161,8 +138,6 @@ class InferenceDoor:
 
     def _write(self, call: Call, answer: Answer) -> None:
         seconds = self._monotonic() - call.started
-        if call.first_seconds is None and call.attempts:
-            call.first_seconds = seconds
         self._capture.write(call, status=answer.status, response=answer.body, seconds=seconds)
 
     async def _answered(self, request: Request, call: Call) -> Answer:
@@ -195,7 +170,9 @@ class InferenceDoor:
         live.retries.earn()
         headers = _passed_on(request, call)
         reply, endpoint = await self._attempt(call, arm, message, headers)
-        call.note_first(reply, self._monotonic() - call.started)
+        call.judge(reply.reason)
+        if call.attempts:
+            call.first_seconds = self._monotonic() - call.started
         if reply.reason is Reason.ANSWERED:
             return self._served(call, arm, reply)
         if arm is not live.stable and not call.pinned and self._may_fall_back(call, reply):
@@ -215,7 +192,7 @@ class InferenceDoor:
         )
 
     def _may_retry(self, call: Call, arm: LiveArm, reply: Reply) -> bool:
-        """A request that was never sent can go elsewhere; one that was, only if nothing came of it."""
+        """One that was never sent can go elsewhere; one that was, only if it changes nothing."""
         if reply.reason not in _RETRIED or self._monotonic() >= call.deadline:
             return False
         if not call.pinned and arm is not call.live.stable:
@@ -245,7 +222,8 @@ class InferenceDoor:
             return Reply(Reason.EJECTED, sent=False), None
         wait = min(self._options.queue_seconds, call.deadline - self._monotonic())
         if not await arm.gate.enter(wait):
-            return Reply(Reason.FULL, sent=False), None
+            late = self._monotonic() >= call.deadline == call.patience
+            return Reply(Reason.CLIENT_DEADLINE if late else Reason.FULL, sent=False), None
         try:
             live.turn += 1
             endpoint = pick(arm.endpoints, live.turn, avoid)
@@ -299,6 +277,14 @@ class InferenceDoor:
         text = _TEXT[reply.reason] + (f": {reply.detail}" if reply.detail else "")
         status = _STATUS.get(reply.reason, 502)
         return Answer(status, error_body(text), [RETRY] if status == 503 else [])
+
+
+def _asked(request: Request) -> tuple[str | None, float, Refusal | None]:
+    """The raw unit, the client's patience in seconds, and what is wrong with either."""
+    try:
+        return unit_of(request), patience_of(request), None
+    except Refusal as refusal:
+        return None, 0.0, refusal
 
 
 def _passed_on(request: Request, call: Call) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Plans made ready to be obeyed, and what outlives a change of plan: endpoints, breakers, budgets."""
+"""Plans made ready to be obeyed, and what outlives a change of plan: endpoints and breakers."""
 
 from __future__ import annotations
 
@@ -65,8 +65,11 @@ class LivePlan:
 
 
 class Fleet:
-    """All live plans. A new snapshot replaces them; what they share by name is carried over, so a
-    change of plan closes no breaker, resets no budget and readmits no endpoint."""
+    """All live plans.
+
+    A new snapshot replaces them; what they share by name is carried over, so that a change of plan
+    closes no breaker, resets no budget and readmits no endpoint.
+    """
 
     def __init__(self, options: GatewayOptions) -> None:
         self.plans: Mapping[str, LivePlan] = {}
@@ -75,7 +78,7 @@ class Fleet:
         self._next: dict[Hashable, Any] = {}
 
     def obey(self, snapshot: Snapshot) -> None:
-        """Put a snapshot's plans in force. Requests under way finish by the plan they began with."""
+        """Put a snapshot's plans in force; calls under way finish by the plan they began with."""
         self._next = {}
         self.plans = {name: self._live(plan) for name, plan in snapshot.plans.items()}
         self._kept = self._next

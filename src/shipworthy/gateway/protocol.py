@@ -27,7 +27,7 @@ _LINGER_SECONDS: Final = 1.0
 _LINGER_BYTES: Final = 4 * 1024 * 1024
 
 
-class _RefusedHead(Exception):  # noqa: N818  # control flow out of a parser callback
+class _RefusedHead(Exception):
     """Raised in a callback to stop the parser; the refusal is in the protocol."""
 
 
@@ -60,19 +60,23 @@ class GatewayProtocol(HttpToolsProtocol):
         self._headers_bytes = 0  # of complete headers of this message
         self._refusal: tuple[int, str] | None = None
         self._lingered: int | None = None
-        self._closer = _Closer(self)
+        self._outlet = _Outlet(self)
 
     # --- connection -------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin, unless there are too many already; the client has to say what it wants soon."""
         super().connection_made(transport)
-        self._closer.attach(transport)
-        if len(self.connections) > self._options.max_connections:
+        self._outlet.attach(transport)
+        if len(self.connections) > 2 * self._options.max_connections:
+            transport.abort()
+        elif len(self.connections) > self._options.max_connections:
             self._refuse(503, "the gateway has as many connections as it may", "too_many")
-            return
-        self._await_head()
+        else:
+            self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the work that was being done for it."""
         self.lost = True
         self._stop_head_timer()
         super().connection_lost(exc)
@@ -82,6 +86,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self._task.cancel()
 
     def data_received(self, data: bytes) -> None:
+        """Feed the parser, watching how much of a head there is without its end."""
         if self._lingered is not None:
             self._lingered += len(data)
             if self._lingered > _LINGER_BYTES:
@@ -90,6 +95,8 @@ class GatewayProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self._in_head:
             self._head_bytes += len(data)
+        if self.parser is None:  # data after the connection was lost
+            return
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -107,16 +114,19 @@ class GatewayProtocol(HttpToolsProtocol):
     # --- parser -----------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        """Let the application know its connection."""
         super().on_message_begin()
         self.scope["shipworthy.connection"] = self  # type: ignore[typeddict-unknown-key]
         self._headers_bytes = 0
 
     def on_url(self, url: bytes) -> None:
+        """Take a piece of the address."""
         super().on_url(url)
         if len(self.url) > self._options.max_request_line:
             self._stop_parser(414, "the address is too long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, if it is within the limits."""
         super().on_header(name, value)
         self._headers_bytes += len(name) + len(value) + 4
         if self._headers_bytes > self._options.max_head:
@@ -125,13 +135,15 @@ class GatewayProtocol(HttpToolsProtocol):
             self._stop_parser(431, f"there are more than {self._options.max_headers} headers")
 
     def on_headers_complete(self) -> None:
+        """Start the request."""
         self._stop_head_timer()
         self._in_head = False
         self._head_bytes = 0
         super().on_headers_complete()
-        self.cycle.transport = self._closer  # type: ignore[assignment]  # as much as is used of it
+        self.cycle.transport = self._outlet  # type: ignore[assignment]  # as much as is used of it
 
     def on_message_complete(self) -> None:
+        """The next byte begins another head."""
         self._in_head = True
         super().on_message_complete()
 
@@ -142,11 +154,17 @@ class GatewayProtocol(HttpToolsProtocol):
     # --- requests ---------------------------------------------------------------------------
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._outlet.begin()
         task = self.loop.create_task(cycle.run_asgi(app))
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
         self._task = task
         self._running = cycle
+
+    def on_response_complete(self) -> None:
+        """Let go of the answer, then wait for the next request."""
+        self._outlet.flush()
+        super().on_response_complete()
 
     def timeout_keep_alive_handler(self) -> None:
         """End an idle connection; at once if its client does not even read the last answer."""
@@ -186,8 +204,8 @@ class GatewayProtocol(HttpToolsProtocol):
         body = error_body(message)
         retry = b"retry-after: 1\r\n" if status == 503 else b""
         self.transport.write(
-            b"%scontent-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n%s"
-            % (STATUS_LINE[status], len(body), retry, body)
+            b"%scontent-type: application/json\r\ncontent-length: %d\r\n"
+            b"%sconnection: close\r\n\r\n%s" % (STATUS_LINE[status], len(body), retry, body)
         )
         self._in_head = False
         self.close_gently()
@@ -208,13 +226,43 @@ class GatewayProtocol(HttpToolsProtocol):
             self._head_timer = None
 
 
-class _Closer:
-    """A request's view of its transport, whose `close` is the connection's `close_gently`."""
+class _Outlet:
+    """A request's view of its transport.
+
+    An answer's head waits for the first piece of its body, so that both go out in one system call;
+    `close` is the connection's `close_gently`.
+    """
 
     def __init__(self, connection: GatewayProtocol) -> None:
-        self.close = connection.close_gently
+        self._connection = connection
+        self._head: bytes | None = b""
 
     def attach(self, transport: asyncio.Transport) -> None:
         """Pass everything else through."""
-        self.write = transport.write
+        self._send = transport.write
         self.is_closing = transport.is_closing
+
+    def begin(self) -> None:
+        """The next write is an answer's head."""
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        """Send, or keep for the next write what is an answer's head."""
+        if self._head is None:
+            self._send(data)
+        elif not self._head and not data.startswith(b"HTTP/1.1 100 "):
+            self._head = data
+        else:
+            self._send(self._head + data)
+            self._head = self._head and None
+
+    def flush(self) -> None:
+        """Send a head that has no body."""
+        if self._head:
+            self._send(self._head)
+        self._head = None
+
+    def close(self) -> None:
+        """Send what is left, and end the connection."""
+        self.flush()
+        self._connection.close_gently()

@@ -22,19 +22,12 @@ import uvloop
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from shipworthy.domain.plan import Snapshot
 from shipworthy.errors import Unavailable
 from shipworthy.gateway.application import Application
-from shipworthy.gateway.capture import Capture
-from shipworthy.gateway.feedback import FeedbackDoor
-from shipworthy.gateway.http import BodyMemory
-from shipworthy.gateway.inference import InferenceDoor
-from shipworthy.gateway.live import Fleet
 from shipworthy.gateway.metrics import Metrics
 from shipworthy.gateway.options import GatewayOptions
+from shipworthy.gateway.parts import Outside, assemble
 from shipworthy.gateway.protocol import GatewayProtocol
-from shipworthy.gateway.snapshot import SnapshotFollower
-from shipworthy.gateway.tickets import Pseudonyms, TicketOffice
 from shipworthy.gateway.upstream import Upstream
 from shipworthy.ports import Clock, JournalWriter
 
@@ -68,7 +61,7 @@ def run(
     )
 
 
-async def serve(
+async def serve(  # noqa: PLR0913  # whoever wires a worker names each part
     options: GatewayOptions,
     *,
     journal: JournalWriter,
@@ -89,95 +82,31 @@ async def serve(
     Raises Unavailable when it can't listen, and UsageError for a secret that is too short.
     """
     ending = stop or asyncio.Event()
+    outside = Outside(
+        journal=journal,
+        snapshot_path=snapshot_path,
+        signing_secret=signing_secret,
+        pseudonym_secret=pseudonym_secret,
+        clock=clock,
+        uniform=uniform,
+        monotonic=time.monotonic,
+    )
     metrics = Metrics()
     state = ServerState()
     async with Upstream(options, lambda _: metrics.ejections.inc()) as upstream:
-        application, follower = _assemble(
-            options,
-            upstream,
-            metrics,
-            journal=journal,
-            snapshot_path=snapshot_path,
-            signing_secret=signing_secret,
-            pseudonym_secret=pseudonym_secret,
-            clock=clock,
-            uniform=uniform,
-            connections=lambda: len(state.connections),
-        )
-        follower.poll()
+        parts = assemble(options, outside, upstream, metrics, secrets.token_bytes(4))
+        application = Application(parts, connections=lambda: len(state.connections))
+        parts.follower.poll()
         with _stopped_by_signals(ending):
             async with (
                 _listening(options, application, state, metrics) as address,
-                _in_background(follower.follow(options.snapshot_seconds)),
+                _in_background(parts.follower.follow(options.snapshot_seconds)),
                 _in_background(_keep_date(state)),
             ):
                 _announce(options, address, ready)
                 await ending.wait()
                 application.draining = True
                 await asyncio.sleep(options.unready_seconds)
-
-
-def _assemble(
-    options: GatewayOptions,
-    upstream: Upstream,
-    metrics: Metrics,
-    *,
-    journal: JournalWriter,
-    snapshot_path: Path,
-    signing_secret: bytes,
-    pseudonym_secret: bytes,
-    clock: Clock,
-    uniform: Callable[[], float],
-    connections: Callable[[], int],
-) -> tuple[Application, SnapshotFollower]:
-    worker = secrets.token_bytes(4)
-    fleet = Fleet(options)
-    tickets = TicketOffice(signing_secret, worker=worker)
-    memory = BodyMemory(options.max_buffered)
-
-    def changed(snapshot: Snapshot) -> None:
-        fleet.obey(snapshot)
-
-    follower = SnapshotFollower(
-        snapshot_path,
-        clock=clock,
-        monotonic=time.monotonic,
-        changed=changed,
-        refused=lambda why: metrics.refused_snapshots.labels(why).inc(),
-    )
-    inference = InferenceDoor(
-        options,
-        follower=follower,
-        upstream=upstream,
-        capture=Capture(journal, metrics, clock),
-        metrics=metrics,
-        tickets=tickets,
-        pseudonyms=Pseudonyms(pseudonym_secret),
-        memory=memory,
-        clock=clock,
-        monotonic=time.monotonic,
-        uniform=uniform,
-    )
-    feedback = FeedbackDoor(
-        options,
-        journal=journal,
-        tickets=tickets,
-        metrics=metrics,
-        memory=memory,
-        clock=clock,
-        worker=worker,
-    )
-    application = Application(
-        follower=follower,
-        fleet=fleet,
-        inference=inference,
-        feedback=feedback,
-        metrics=metrics,
-        clock=clock,
-        connections=connections,
-        access_log=options.access_log,
-    )
-    return application, follower
 
 
 # --- listening --------------------------------------------------------------------------------
@@ -207,7 +136,7 @@ def _bind(options: GatewayOptions) -> socket.socket:
         else:
             problem = f"port {port} on {host} can't be opened ({error.strerror}); set another one"
         raise Unavailable(problem) from error
-    listener.setblocking(False)
+    listener.setblocking(False)  # noqa: FBT003  # its only form
     return listener
 
 
@@ -252,7 +181,7 @@ async def _drain(state: ServerState, seconds: float) -> None:
     for connection in list(state.connections):
         connection.shutdown()
     end = time.monotonic() + seconds
-    while state.connections and time.monotonic() < end:
+    while state.connections and time.monotonic() < end:  # noqa: ASYNC110  # uvicorn tells nobody
         await asyncio.sleep(0.02)
     if state.tasks:
         _log.warning("%d requests did not end in %g s and are cut off", len(state.tasks), seconds)
@@ -261,8 +190,7 @@ async def _drain(state: ServerState, seconds: float) -> None:
     if state.tasks:
         await asyncio.wait(list(state.tasks), timeout=1.0)
     for connection in list(state.connections):
-        if connection.transport is not None:
-            connection.transport.close()
+        connection.transport.close()
 
 
 async def _keep_date(state: ServerState) -> None:

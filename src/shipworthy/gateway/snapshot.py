@@ -73,7 +73,7 @@ class SnapshotFollower:
             await asyncio.sleep(seconds)
             try:
                 self.poll()
-            except Exception:
+            except Exception:  # noqa: BLE001  # nothing may end this loop
                 _log.exception("the snapshot could not be put in force; the one before stays")
 
     def now_for(self, plan: Plan) -> float:

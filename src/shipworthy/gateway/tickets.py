@@ -84,7 +84,8 @@ class TicketOffice:
         fields, mac = content[:-_MAC_BYTES], content[-_MAC_BYTES:]
         if len(fields) != _FIELDS.size or not hmac.compare_digest(mac, self._mac(fields)):
             return None
-        version, arm, milliseconds, _, _, mark, unit = _FIELDS.unpack(fields)
+        unpacked: tuple[int, int, int, bytes, int, bytes, bytes] = _FIELDS.unpack(fields)
+        version, arm, milliseconds, _, _, mark, unit = unpacked
         if version != _FORMAT:
             return None
         return Ticket(
@@ -96,8 +97,11 @@ class TicketOffice:
 
 
 class Pseudonyms:
-    """Turns units into what may be written: 16 hexadecimal characters, the same for a unit each
-    time, and of no use to anybody without the secret."""
+    """Turns units into what may be written.
+
+    It is 16 hexadecimal characters, the same for a unit each time, and of no use to anybody
+    without the secret.
+    """
 
     def __init__(self, secret: bytes) -> None:
         if len(secret) < LEAST_SECRET_BYTES:

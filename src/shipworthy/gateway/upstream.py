@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from types import TracebackType
+from typing import Self
 from urllib.parse import quote
 
 import aiohttp
@@ -18,10 +20,19 @@ from shipworthy.protocols.outcomes import Reason, reason_of_status
 
 _log = logging.getLogger("shipworthy.gateway")
 
+# Shorter than any common server's, so that a request never meets a connection being closed: such a
+# reset would look like the release's failure, more often on the arm with less traffic.
+_KEEP_ALIVE = 1.5
+
 _SOUND = frozenset({Reason.ANSWERED, Reason.REFUSED})
 """The endpoint did its work, whatever it said."""
 _NEUTRAL = frozenset({Reason.OVERLOADED, Reason.CLIENT_DEADLINE})
 """Says nothing about whether it can: a busy server is not made faster by being left alone."""
+
+
+@lru_cache(maxsize=64)
+def _connecting_within(seconds: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, sock_connect=seconds)
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -45,11 +56,20 @@ class EndpointState:
         self.credential = credential
         self.outstanding = 0
         self.ejected = False
+        self._urls: dict[str, URL] = {}
         self._failures = 0
         self._ejections = 0
         self._eject_after = options.eject_after
         self._eject_seconds = options.eject_seconds
         self._max_eject_seconds = options.max_eject_seconds
+
+    def infer_url(self, served_model: str) -> URL:
+        """Where the model of that name is asked."""
+        url = self._urls.get(served_model)
+        if url is None:
+            path = f"/v2/models/{quote(served_model, safe='')}/infer"
+            url = self._urls[served_model] = URL(self.url + path, encoded=True)
+        return url
 
     def note(self, reason: Reason) -> float | None:
         """Count an attempt's end; seconds to stay away from now on, or None."""
@@ -101,9 +121,11 @@ class Upstream:
         self._session: aiohttp.ClientSession | None = None
         self._probes: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> Upstream:
+    async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0, ttl_dns_cache=10),
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=_KEEP_ALIVE, ttl_dns_cache=10
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             timeout=aiohttp.ClientTimeout(total=None),
@@ -165,12 +187,11 @@ class Upstream:
         connect_seconds: float,
     ) -> Reply:
         assert self._session is not None  # noqa: S101  # the context manager was entered
-        url = URL(f"{endpoint.url}/v2/models/{quote(served_model, safe='')}/infer", encoded=True)
         async with self._session.post(
-            url,
+            endpoint.infer_url(served_model),
             data=body,
             headers={"Content-Type": "application/json", **headers, **bearer(endpoint.credential)},
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds),
+            timeout=_connecting_within(connect_seconds),
             allow_redirects=False,
         ) as response:
             content = await self._read(response)

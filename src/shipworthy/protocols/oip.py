@@ -158,17 +158,17 @@ def server_metadata(name: str, version: str) -> bytes:
     return _encoder.encode({"name": name, "version": version, "extensions": EXTENSIONS})
 
 
-def server_live(live: bool) -> bytes:  # noqa: FBT001  # the document is this one flag
+def server_live(*, live: bool) -> bytes:
     """`GET /v2/health/live`."""
     return _encoder.encode({"live": live})
 
 
-def server_ready(ready: bool) -> bytes:  # noqa: FBT001  # the document is this one flag
+def server_ready(*, ready: bool) -> bytes:
     """`GET /v2/health/ready`."""
     return _encoder.encode({"ready": ready})
 
 
-def model_ready(name: str, ready: bool) -> bytes:  # noqa: FBT001  # the document is this one flag
+def model_ready(name: str, *, ready: bool) -> bytes:
     """`GET /v2/models/{name}/ready`."""
     return _encoder.encode({"name": name, "ready": ready})
 
