@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cached_property
@@ -189,14 +188,15 @@ def migrate(url: str, *, timeout: float = TIMEOUT) -> None:
     from alembic.config import Config
 
     file = sqlite.file_of(_parse(url))
-    _create(file, timeout)
+    _create(file)
     # Rebuilding a table, which is how SQLite alters one, must not trip over those that refer to it.
     writer = sqlite.open_writer(file, timeout, enforce_keys=False)
     try:
         with _transaction(writer) as connection:
-            version = schema_version(connection, file)
-            if version is not None and version not in REVISIONS:
-                _check_version(version, file)
+            _check_migratable(connection, file)
+        sqlite.use_wal(file, timeout)  # can't be done in a transaction
+        with _transaction(writer) as connection:
+            _check_migratable(connection, file)
             config = Config()
             config.set_main_option("script_location", f"{__package__}:migrations")
             config.attributes["connection"] = connection
@@ -215,6 +215,12 @@ def schema_version(connection: Connection, file: Path) -> str | None:
     raise LedgerUnavailable(
         f"{file} is the database of something else; give the ledger a file of its own"
     )
+
+
+def _check_migratable(connection: Connection, file: Path) -> None:
+    version = schema_version(connection, file)
+    if version is not None and version not in REVISIONS:
+        _check_version(version, file)
 
 
 def _check_version(version: str | None, file: Path) -> None:
@@ -248,18 +254,15 @@ def _parse(url: str) -> URL:
     return parsed
 
 
-def _create(file: Path, timeout: float) -> None:
+def _create(file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
-        sqlite.use_wal(file, timeout)
     except OSError as error:
         raise LedgerUnavailable(
             f"the ledger {file} can't be made ({error.strerror}); check the path and the"
             " permissions of its folder"
         ) from error
-    except sqlite3.Error as error:
-        raise sqlite.translated(error, file) from error
 
 
 @contextmanager

@@ -67,9 +67,12 @@ def open_writer(file: Path, timeout: float, *, enforce_keys: bool = True) -> Eng
 
 
 def use_wal(file: Path, timeout: float) -> None:
-    """Switch a database to write-ahead logging, for good; raises sqlite3.Error."""
-    with closing(_connect(file, "rw", timeout)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
+    """Switch a database to write-ahead logging, for good; raises LedgerUnavailable."""
+    try:
+        with closing(_connect(file, "rw", timeout)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+    except sqlite3.Error as error:
+        raise translated(error, file) from error
 
 
 def _engine(

@@ -111,8 +111,8 @@ def _access() -> None:
         sa.Column("created_at", _SECONDS, nullable=False),
         sa.Column("revoked_at", _SECONDS, nullable=True),
         sa.PrimaryKeyConstraint("sequence", name=op.f("pk_keys")),
-        sa.UniqueConstraint("hash", name=op.f("uq_keys_hash")),
         sa.UniqueConstraint("id", name=op.f("uq_keys_id")),
+        sa.UniqueConstraint("hash", name=op.f("uq_keys_hash")),
     )
 
 
