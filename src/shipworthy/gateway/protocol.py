@@ -235,7 +235,7 @@ class _Outlet:
 
     def __init__(self, connection: GatewayProtocol) -> None:
         self._connection = connection
-        self._head: bytes | None = b""
+        self._head: bytes | None = b""  # empty: expected; None: out
 
     def attach(self, transport: asyncio.Transport) -> None:
         """Pass everything else through."""
@@ -248,13 +248,13 @@ class _Outlet:
 
     def write(self, data: bytes) -> None:
         """Send, or keep for the next write what is an answer's head."""
-        if self._head is None:
+        if self._head is None or data.startswith(b"HTTP/1.1 100 "):
             self._send(data)
-        elif not self._head and not data.startswith(b"HTTP/1.1 100 "):
+        elif not self._head:
             self._head = data
         else:
             self._send(self._head + data)
-            self._head = self._head and None
+            self._head = None
 
     def flush(self) -> None:
         """Send a head that has no body."""

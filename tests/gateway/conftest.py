@@ -1,0 +1,414 @@
+"""A gateway worker on a real socket, models that can misbehave, and a client."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from shipworthy.domain.contract import Contract, Tensor
+from shipworthy.domain.keys import hash_key, new_key
+from shipworthy.domain.plan import (
+    Arm,
+    Deadlines,
+    Endpoint,
+    Key,
+    Plan,
+    Shield,
+    Snapshot,
+    encode_snapshot,
+)
+from shipworthy.domain.records import FeedbackRecord, InferenceRecord, Record
+from shipworthy.gateway import GatewayOptions, serve
+
+CONTRACT = Contract(
+    inputs=(Tensor("features", "FP64", (-1, 4)),),
+    outputs=(Tensor("label", "INT64", (-1,)),),
+    side_effects="none",
+)
+SECRET = bytes(range(32))
+
+
+def answer_of(label: int = 3, *, shape=(1,), datatype="INT64", name="label", data=None) -> bytes:
+    output = {
+        "name": name,
+        "datatype": datatype,
+        "shape": list(shape),
+        "data": [label] if data is None else data,
+    }
+    return msgspec.json.encode({"model_name": "served", "outputs": [output]})
+
+
+@dataclass
+class Received:
+    head: str
+    body: bytes
+
+    @property
+    def headers(self) -> dict[str, str]:
+        lines = self.head.split("\r\n")[1:]
+        return {k.lower(): v for k, _, v in (line.partition(": ") for line in lines)}
+
+    @property
+    def path(self) -> str:
+        return self.head.split(" ", 2)[1]
+
+
+Behaviour = Callable[[asyncio.StreamWriter], Awaitable[None]]
+
+
+def responding(
+    body: bytes, status: str = "200 OK", headers: str = "", *, length: int | None = None
+) -> Behaviour:
+    async def behave(writer: asyncio.StreamWriter) -> None:
+        size = len(body) if length is None else length
+        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n{headers}"
+        writer.write(f"{head}content-length: {size}\r\n\r\n".encode() + body)
+        await writer.drain()
+        if length is not None:
+            writer.close()
+
+    return behave
+
+
+async def hanging(writer: asyncio.StreamWriter) -> None:
+    await asyncio.sleep(30)
+
+
+async def hanging_midway(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{")
+    await writer.drain()
+    await asyncio.sleep(30)
+
+
+async def resetting(writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
+
+
+async def garbage(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"\x00\x01 this is not HTTP\r\n\r\n")
+    await writer.drain()
+
+
+class FakeModel:
+    """A model server that records what it gets and does as it is told."""
+
+    def __init__(self, label: int) -> None:
+        self.received: list[Received] = []
+        self.health = 0
+        self.behave: Behaviour = responding(answer_of(label))
+        self.healthy = True
+        self.url = ""
+        self.open = 0
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, port: int = 0) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            while True:
+                await self._one(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+            writer.transport.abort()
+
+    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        got = Received(head.rstrip("\r\n"), b"")
+        got.body = await reader.readexactly(int(got.headers.get("content-length", "0")))
+        if got.head.startswith("GET"):
+            self.health += 1
+            status = "200 OK" if self.healthy else "503 Service Unavailable"
+            await responding(b"{}", status)(writer)
+            return
+        self.received.append(got)
+        self.open += 1
+        try:
+            await self.behave(writer)
+        finally:
+            self.open -= 1
+
+
+class FakeJournal:
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.full = False
+        self.broken = False
+
+    def append(self, record: Record) -> bool:
+        if self.broken:
+            raise OSError("disk on fire")
+        if not self.full:
+            self.records.append(record)
+        return not self.full
+
+    def close(self) -> None:
+        pass
+
+    @property
+    def calls(self) -> list[InferenceRecord]:
+        return [record for record in self.records if isinstance(record, InferenceRecord)]
+
+    @property
+    def feedback(self) -> list[FeedbackRecord]:
+        return [record for record in self.records if isinstance(record, FeedbackRecord)]
+
+    @property
+    def last(self) -> InferenceRecord:
+        return self.calls[-1]
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return msgspec.json.decode(self.body)
+
+    @property
+    def error(self) -> str:
+        return self.json["error"]
+
+
+@dataclass
+class Clock:
+    """The wall clock, which jumps when told."""
+
+    ahead: float = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead
+
+
+@dataclass
+class Worker:
+    """A worker under test. Keys: `client`, `other` (of another model), `trusted`, `admin`."""
+
+    folder: Path
+    model: FakeModel
+    candidate_model: FakeModel
+    journal: FakeJournal = field(default_factory=FakeJournal)
+    clock: Clock = field(default_factory=Clock)
+    draw: float = 0.5
+    port: int = 0
+    keys: dict[str, str] = field(default_factory=dict)
+    snapshot: Snapshot = None  # type: ignore[assignment]
+    client: aiohttp.ClientSession = None  # type: ignore[assignment]
+    _stop: asyncio.Event = field(default_factory=asyncio.Event)
+    _task: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("client", "other", "trusted", "admin"):
+            self.keys[name] = new_key(name, SECRET)
+        keys = {
+            "client": Key(id="client", hash=hash_key(self.keys["client"]), role="client"),
+            "other": Key(
+                id="other", hash=hash_key(self.keys["other"]), role="client", models=("words",)
+            ),
+            "trusted": Key(id="trusted", hash=hash_key(self.keys["trusted"]), role="trusted"),
+            "admin": Key(id="admin", hash=hash_key(self.keys["admin"]), role="admin"),
+        }
+        self.snapshot = Snapshot(
+            written=time.time(), plans={"digits": self.plan()}, keys=keys, fence=1
+        )
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "snapshot"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def arm(self, version: int, *urls: str, contract: Contract = CONTRACT) -> Arm:
+        return Arm(
+            release=f"digits@{version}",
+            digest=f"sha256:{version:064x}",
+            version=version,
+            endpoints=tuple(Endpoint(url=url) for url in urls),
+            served_model="served",
+            contract=contract,
+        )
+
+    def plan(self, *, candidate: bool = False, **changes: Any) -> Plan:
+        plan = Plan(
+            name="digits",
+            model="digits",
+            revision=1,
+            fence=1,
+            stable=self.arm(1, self.model.url),
+            deadlines=Deadlines(connect=0.5, attempt=1.0, total=3.0),
+        )
+        if candidate:
+            plan = msgspec.structs.replace(
+                plan,
+                candidate=self.arm(2, self.candidate_model.url),
+                weight=10_000,
+                rollout="r-1",
+            )
+        return msgspec.structs.replace(plan, **changes)
+
+    def publish(self, *plans: Plan, **changes: Any) -> None:
+        """Write a snapshot as the keeper does."""
+        if plans:
+            changes["plans"] = {plan.name: plan for plan in plans}
+        self.snapshot = msgspec.structs.replace(self.snapshot, **changes)
+        partial = self.folder / "partial"
+        partial.write_bytes(encode_snapshot(self.snapshot))
+        partial.replace(self.path)
+
+    async def start(self, *plans: Plan, publish: bool = True, **options: Any) -> None:
+        if publish:
+            self.publish(*plans)
+        listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._stop = asyncio.Event()
+        settings = {"port": 0, "snapshot_seconds": 0.01, "drain_seconds": 2.0, **options}
+        self._task = asyncio.create_task(
+            serve(
+                GatewayOptions(**settings),
+                journal=self.journal,
+                snapshot_path=self.path,
+                signing_secret=SECRET,
+                pseudonym_secret=SECRET,
+                clock=self.clock,
+                uniform=lambda: self.draw,
+                ready=lambda _, port: listening.set_result(port),
+                stop=self._stop,
+            )
+        )
+        await asyncio.wait([self._task, listening], return_when=asyncio.FIRST_COMPLETED)
+        if self._task.done():
+            await self._task
+        self.port = await listening
+        self.client = aiohttp.ClientSession()
+
+    async def stop(self) -> None:
+        if self.client is not None and not self.client.closed:
+            await self.client.close()
+        if self._task is not None:
+            self._stop.set()
+            await self._task
+            self._task = None
+
+    def begin_stop(self) -> None:
+        self._stop.set()
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        key: str | None = "client",
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+    ) -> Reply:
+        sending = dict(headers or {})
+        if key is not None:
+            sending["Authorization"] = f"Bearer {self.keys.get(key, key)}"
+        data = body if body is None or isinstance(body, bytes) else msgspec.json.encode(body)
+        async with self.client.request(
+            method, self.url + path, data=data, headers=sending
+        ) as response:
+            named = {name.lower(): value for name, value in response.headers.items()}
+            return Reply(response.status, named, await response.read())
+
+    async def infer(
+        self, *, name: str = "digits", unit: str | None = None, **asked: Any
+    ) -> Reply:
+        headers = {**asked.pop("headers", {})}
+        if unit is not None:
+            headers["X-Shipworthy-Unit"] = unit
+        asked.setdefault("body", request_of())
+        return await self.ask("POST", f"/v2/models/{name}/infer", headers=headers, **asked)
+
+    async def until(self, holds: Callable[[], bool], seconds: float = 3.0) -> None:
+        async with asyncio.timeout(seconds):
+            while not holds():
+                await asyncio.sleep(0.005)
+
+    async def metric(self, line: str) -> float:
+        text = (await self.ask("GET", "/metrics", key=None)).body.decode()
+        for each in text.splitlines():
+            if each.startswith(line + " "):
+                return float(each.rpartition(" ")[2])
+        return 0.0
+
+    async def raw(self, content: bytes, seconds: float = 3.0) -> bytes:
+        """What comes back for these bytes until the gateway closes the connection."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(content)
+            async with asyncio.timeout(seconds):
+                return await reader.read()
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+
+def request_of(rows: int = 1, **changes: Any) -> dict[str, Any]:
+    tensor = {
+        "name": "features",
+        "datatype": "FP64",
+        "shape": [rows, 4],
+        "data": [0.5] * (4 * rows),
+        **changes,
+    }
+    return {"inputs": [tensor]}
+
+
+@pytest.fixture
+async def worker(tmp_path: Path) -> AsyncGenerator[Worker]:
+    """A worker that is yet to be started, with a stable and a candidate model that work."""
+    stable, candidate = FakeModel(3), FakeModel(8)
+    await stable.start()
+    await candidate.start()
+    made = Worker(tmp_path, stable, candidate)
+    yield made
+    await stable.stop()
+    await candidate.stop()
+    await made.stop()
+
+
+class Misbehaviour:
+    """Ways for a model to fail, and to answer."""
+
+    answer_of = staticmethod(answer_of)
+    responding = staticmethod(responding)
+    hanging = staticmethod(hanging)
+    hanging_midway = staticmethod(hanging_midway)
+    resetting = staticmethod(resetting)
+    garbage = staticmethod(garbage)
+    request_of = staticmethod(request_of)
+    Shield = Shield
+    Deadlines = Deadlines
+    contract = CONTRACT
+
+
+@pytest.fixture
+def model() -> type[Misbehaviour]:
+    return Misbehaviour
