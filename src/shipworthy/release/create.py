@@ -286,7 +286,11 @@ def _pinned_data(sources: Sources, blobs: Blobs, progress: Progress | None) -> t
     """Samples are stored, because probes need them; the rest may be huge and personal."""
 
     def pin(file: SourceFile, role: str) -> PinnedFile:
-        return _store(file, blobs, progress) if role == "sample" else digest_file(file, progress)
+        sample = role == "sample"
+        pinned = _store(file, blobs, progress) if sample else digest_file(file, progress)
+        # A single file keeps its name, whose ending says how to read it.
+        alone = file.inside == "."
+        return pinned.model_copy(update={"path": file.path.name}) if alone else pinned
 
     return tuple(
         Data(name=name, role=role, files=tuple(pin(file, role) for file in files))
