@@ -218,6 +218,8 @@ class InferenceDoor:
                 arm.checker.check_request(message)
             except InvalidMessage as problem:
                 return Reply(Reason.NARROWED_CONTRACT, sent=False, detail=str(problem)), None
+        if not arm.endpoints:
+            return Reply(Reason.UNREACHABLE, sent=False), None
         if guarded and not live.breaker.allows(self._monotonic()):
             return Reply(Reason.EJECTED, sent=False), None
         wait = min(self._options.queue_seconds, call.deadline - self._monotonic())
@@ -225,7 +227,7 @@ class InferenceDoor:
             late = self._monotonic() >= call.deadline == call.patience
             return Reply(Reason.CLIENT_DEADLINE if late else Reason.FULL, sent=False), None
         try:
-            live.turn += 1
+            live.turn += avoid is None
             endpoint = pick(arm.endpoints, live.turn, avoid)
             reply = await self._ask(call, arm, endpoint, headers)
         finally:
