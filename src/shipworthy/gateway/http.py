@@ -103,8 +103,9 @@ class Request:
         """Whether there is a body, not read, too long to be read for nothing."""
         if not self._unread:
             return False
-        announced = self.headers.get(b"content-length", b"0")
-        return self._begun or b"transfer-encoding" in self.headers or len(announced) > 5
+        headers = self.headers
+        unknown = b"transfer-encoding" in headers or b"expect" in headers
+        return self._begun or unknown or len(headers.get(b"content-length", b"0")) > 5
 
     def text(self, name: bytes, *, at_most: int) -> str | None:
         """A header as text, None when absent or empty; 400 when it is longer than allowed.

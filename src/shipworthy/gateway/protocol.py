@@ -80,10 +80,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.lost = True
         self._stop_head_timer()
         super().connection_lost(exc)
-        if self._running is not None:
-            self._running.disconnected = True
-        if self._task is not None and not self._task.done():
-            self._task.cancel()
+        self._drop_request()
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser, watching how much of a head there is without its end."""
@@ -197,7 +194,9 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str, why: str) -> None:
         """Say no to the connection itself, and end it."""
+        self.lost = True
         self._stop_head_timer()
+        self._drop_request()
         self._metrics.bad_requests.labels(why).inc()
         if self.transport.is_closing():
             return
@@ -209,6 +208,13 @@ class GatewayProtocol(HttpToolsProtocol):
         )
         self._in_head = False
         self.close_gently()
+
+    def _drop_request(self) -> None:
+        """Nobody will read the answer that is being made."""
+        if self._running is not None:
+            self._running.disconnected = True
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self._options.head_seconds, self._head_is_late)
