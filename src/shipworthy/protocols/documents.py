@@ -37,6 +37,8 @@ _KNOWN_TAGS = frozenset({_PLAIN, *(_CORE + kind for kind in ("str", "map", "seq"
 _INT = re.compile(r"[-+]?[0-9]+")
 _BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_BREAKS = re.compile("[\r\x85\u2028\u2029\ufeff]")
+"""What YAML takes for the end of a line, or drops."""
 _SPECIAL = re.compile(r"(?P<sign>[-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _WORDS: dict[str, bool | None] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None,
@@ -363,10 +365,10 @@ class _Dumper(yaml.SafeDumper):
 
 def _text_node(dumper: yaml.SafeDumper, text: str) -> ScalarNode:
     style = None
-    if "\n" in text:
-        style = "|"
-    elif not isinstance(plain_value(text), str):
+    if not isinstance(plain_value(text), str) or _BREAKS.search(text):
         style = '"'
+    elif "\n" in text:
+        style = "|"
     return dumper.represent_scalar(_CORE + "str", text, style=style)  # pyright: ignore[reportUnknownMemberType]
 
 
