@@ -136,10 +136,10 @@ def test_a_keeper_that_dies_in_a_transaction_counts_nothing_twice(
     cursors = type(world.keeper)._publish
 
     def boom(*_: object) -> None:
-        raise OSError
+        raise OSError("the disk is full")
 
     monkeypatch.setattr(type(world.keeper), "_publish", boom)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="full"):
         world.tick()
     monkeypatch.setattr(type(world.keeper), "_publish", cursors)
     world.tick()

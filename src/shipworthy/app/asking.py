@@ -54,8 +54,9 @@ def await_answer(
     *,
     timeout: float,
     on_change: Callable[[Intent], object] = lambda _: None,
+    given_up: Callable[[], bool] = lambda: False,
 ) -> Intent:
-    """The intent once it is done or refused.
+    """The intent once it is done or refused, or as it stands when the caller has `given_up`.
 
     Raises Unavailable when the keeper says nothing for `timeout` seconds; the request stays in
     line then. `on_change` hears what it waits for meanwhile.
@@ -69,6 +70,8 @@ def await_answer(
                 return current
             last = current
             on_change(current)
+        if given_up():
+            return last
         time.sleep(_POLL_SECONDS)
     waiting = f": {last.answer}" if last.answer else "; is 'shipworthy up' running?"
     message = f"no answer within {timeout:.0f} s, the request stays in line{waiting}"

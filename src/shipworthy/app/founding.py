@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from shipworthy.app.session import Session, open_session
 from shipworthy.domain.gates import unmeetable
@@ -145,10 +145,13 @@ def _changes(before: StoredPolicy | None, after: Policy) -> list[str]:
 
 
 def _flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    children: list[tuple[str, Any]] = []
     if isinstance(value, dict):
-        children = [(f"{path}.{key}" if path else str(key), inner) for key, inner in value.items()]
+        mapping = cast("dict[str, Any]", value)
+        children = [(f"{path}.{key}" if path else key, inner) for key, inner in mapping.items()]
     elif isinstance(value, list):
-        children = [(f"{path}[{index}]", inner) for index, inner in enumerate(value)]
+        items = cast("list[Any]", value)
+        children = [(f"{path}[{index}]", inner) for index, inner in enumerate(items)]
     else:
         return [(path, value)]
     return [leaf for name, inner in children for leaf in _flat(inner, name)]

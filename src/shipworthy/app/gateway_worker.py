@@ -21,12 +21,17 @@ from shipworthy.gateway.options import GatewayOptions
 from shipworthy.gateway.server import run
 from shipworthy.stores.journal import JournalWriter
 
+ADDRESS_FILE = "gateway.json"
+"""Where a worker says, in the state folder, which address it got."""
+
 
 class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is told. Paths come as text."""
+    """What a worker is told beyond its state folder."""
 
-    gateway: GatewayOptions
     worker: str
+    host: str
+    port: int
+    max_body: int
     journal_bytes: int
 
 
@@ -39,7 +44,12 @@ def main(state: Path, options: WorkerOptions) -> int:
         )
         with closing(journal):
             run(
-                options.gateway,
+                GatewayOptions(
+                    host=options.host,
+                    port=options.port,
+                    max_body=options.max_body,
+                    ready_file=state / ADDRESS_FILE,
+                ),
                 journal=journal,
                 snapshot_path=state / "snapshot",
                 signing_secret=(state / "secrets" / "signing").read_bytes(),

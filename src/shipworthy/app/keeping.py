@@ -7,6 +7,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from shipworthy.app.processes import follow_parent, log_to_stderr
 from shipworthy.app.session import Session, new_id, open_session
@@ -40,8 +41,12 @@ def main(folder: Path) -> None:
     log_to_stderr()
     keeper = make_keeper(open_session(folder))
     stop = threading.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, end)
     follow_parent(stop.set)
     run_until(stop, keeper.tick, every=TICK_SECONDS)
 

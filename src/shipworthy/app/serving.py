@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from shipworthy.app.session import Session
 from shipworthy.domain.lifecycle import Deployment, Release
@@ -44,10 +45,10 @@ class Runtimes:
         return await self.process.start(release, deployment)
 
 
-def make_runtimes(session: Session, http: HttpClient) -> Runtimes:
-    """The runtimes of a project on this machine."""
+def make_runtimes(session: Session, http: HttpClient, replicas: Path | None = None) -> Runtimes:
+    """The runtimes of a project on this machine; `replicas` is where their files go."""
     process = ProcessRuntime(
-        session.project.replicas,
+        replicas or session.project.replicas,
         blobs=session.blobs,
         environments=environments(),
         http=http,
@@ -56,42 +57,53 @@ def make_runtimes(session: Session, http: HttpClient) -> Runtimes:
     return Runtimes(process, EndpointRuntime(http))
 
 
-def serve_release(
-    session: Session,
-    release: Release,
-    *,
-    host: str,
-    port: int,
-    progress: Progress,
-    tell: Callable[[str], None],
-) -> int:
-    """Serve one release in this process until it is told to stop; its exit code.
+def prepare(
+    session: Session, release: Release, progress: Progress, *, tell: Callable[[str], None]
+) -> AbstractContextManager[model_server.ServeOptions]:
+    """Copy a release's files into a fresh folder, every byte verified, and build its interpreter.
 
-    Every byte is verified on the way out of the blob store.
+    The folder goes when the context ends. UsageError when the release is served elsewhere.
     """
     manifest = Manifest.model_validate(release.manifest)
     if isinstance(manifest.serving, EndpointServing):
         message = f"{release.name} is served elsewhere, at {manifest.serving.urls[0]}"
         raise UsageError(message)
-    with tempfile.TemporaryDirectory(prefix="shipworthy-") as name:
-        folder = Path(name)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="shipworthy-")))
         materialise(manifest, session.blobs, folder / "artifacts", progress)
         manifest_file = folder / "manifest.json"
         manifest_file.write_text(json.dumps(release.manifest), encoding="utf-8")
-        interpreter = environments().interpreter(
-            manifest.environment, lock_of(session, manifest), tell
+        options = model_server.ServeOptions(
+            folder=folder / "artifacts",
+            manifest=manifest_file,
+            release=release.name,
+            interpreter=environments().interpreter(
+                manifest.environment, lock_of(session, manifest), tell
+            ),
         )
-        tell(f"{release.name} on http://{host}:{port}/v2/models/{release.model}")
-        return model_server.run(
-            model_server.ServeOptions(
-                folder=folder / "artifacts",
-                manifest=manifest_file,
-                release=release.name,
-                interpreter=interpreter,
-                host=host,
-                port=port,
-            )
-        )
+        kept = stack.pop_all()
+    return _kept(kept, options)
+
+
+@contextmanager
+def _kept(
+    stack: ExitStack, options: model_server.ServeOptions
+) -> Generator[model_server.ServeOptions]:
+    with stack:
+        yield options
+
+
+def serve(
+    options: model_server.ServeOptions,
+    release: Release,
+    *,
+    host: str,
+    port: int,
+    tell: Callable[[str], None],
+) -> int:
+    """Serve a prepared release in this process until it is told to stop; its exit code."""
+    tell(f"{release.name} on http://{host}:{port}/v2/models/{release.model}; Ctrl-C ends it.")
+    return model_server.run(replace(options, host=host, port=port))
 
 
 def lock_of(session: Session, manifest: Manifest) -> bytes | None:

@@ -22,14 +22,13 @@ import msgspec
 
 from shipworthy.app.access import admin_key
 from shipworthy.app.fleet import Fleet
-from shipworthy.app.gateway_worker import WorkerOptions
+from shipworthy.app.gateway_worker import ADDRESS_FILE, WorkerOptions
 from shipworthy.app.http import AiohttpClient
 from shipworthy.app.processes import Child
 from shipworthy.app.serving import make_runtimes
 from shipworthy.app.session import Session
 from shipworthy.app.status import LOCK
 from shipworthy.errors import Conflict, ShipworthyError, Unavailable
-from shipworthy.gateway.options import GatewayOptions
 from shipworthy.ports import Runtime
 from shipworthy.settings import Project
 
@@ -66,7 +65,7 @@ class Up:
 
 def gateway_file(project: Project) -> Path:
     """Where the gateway says which address it got."""
-    return project.state / "gateway.json"
+    return project.state / ADDRESS_FILE
 
 
 def gateway_url(project: Project) -> str:
@@ -148,13 +147,10 @@ def stop_on_signals(stop: asyncio.Event) -> None:
 def _children(project: Project) -> tuple[Child, Child]:
     settings = project.settings
     options = WorkerOptions(
-        gateway=GatewayOptions(
-            host=settings.gateway.host,
-            port=settings.gateway.port,
-            max_body=settings.gateway.max_body_bytes,
-            ready_file=gateway_file(project),
-        ),
         worker="worker-0",
+        host=settings.gateway.host,
+        port=settings.gateway.port,
+        max_body=settings.gateway.max_body_bytes,
         journal_bytes=settings.journal.max_bytes,
     )
     python = (sys.executable, "-m")

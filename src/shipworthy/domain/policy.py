@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from shipworthy.domain.canonical import digest_of
 from shipworthy.domain.manifest import Document, ModelName, matching
 from shipworthy.domain.names import Stage
+from shipworthy.errors import UsageError
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
@@ -25,6 +26,15 @@ def _seconds(value: Any) -> Any:
             raise ValueError(message)
         return float(match[1]) * _SECONDS[match[2]]
     return value
+
+
+def read_duration(text: str) -> float:
+    """Seconds, from text such as `30s`, `5m`, `2h` or `7d`; UsageError when it is none of these."""
+    try:
+        return float(_seconds(text))
+    except ValueError as error:
+        message = f"{text!r} {error}"
+        raise UsageError(message) from error
 
 
 def _fraction(value: Any) -> Any:

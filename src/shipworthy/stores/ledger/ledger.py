@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -33,80 +32,23 @@ TIMEOUT = 5.0
 
 
 class SqlTransaction:
-    """One consistent view of the ledger. Each repository is made when first asked for."""
+    """One consistent view of the ledger, topic by topic; implements `ports.Transaction`."""
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    @cached_property
-    def releases(self) -> SqlReleases:
-        """Registered releases."""
-        return SqlReleases(self._connection)
-
-    @cached_property
-    def policies(self) -> SqlPolicies:
-        """Policies in force and before."""
-        return SqlPolicies(self._connection)
-
-    @cached_property
-    def principals(self) -> SqlPrincipals:
-        """Who acts."""
-        return SqlPrincipals(self._connection)
-
-    @cached_property
-    def keys(self) -> SqlKeys:
-        """Gateway keys."""
-        return SqlKeys(self._connection)
-
-    @cached_property
-    def evidence(self) -> SqlEvidence:
-        """Findings, approvals and waivers."""
-        return SqlEvidence(self._connection)
-
-    @cached_property
-    def deployments(self) -> SqlDeployments:
-        """What runs and what should."""
-        return SqlDeployments(self._connection)
-
-    @cached_property
-    def stages(self) -> SqlStages:
-        """Which release holds which stage, now and before."""
-        return SqlStages(self._connection)
-
-    @cached_property
-    def intents(self) -> SqlIntents:
-        """Requests to the keeper."""
-        return SqlIntents(self._connection)
-
-    @cached_property
-    def rollouts(self) -> SqlRollouts:
-        """Rollouts and what their tests have counted."""
-        return SqlRollouts(self._connection)
-
-    @cached_property
-    def decisions(self) -> SqlDecisions:
-        """What was decided and why."""
-        return SqlDecisions(self._connection)
-
-    @cached_property
-    def plans(self) -> SqlPlans:
-        """What the gateway is told."""
-        return SqlPlans(self._connection)
-
-    @cached_property
-    def traffic(self) -> SqlTraffic:
-        """How much each release answered."""
-        return SqlTraffic(self._connection)
-
-    @cached_property
-    def cursors(self) -> SqlCursors:
-        """How far each journal has been read, and the keeper's terms."""
-        return SqlCursors(self._connection)
-
-    @cached_property
-    def audit(self) -> SqlAudit:
-        """The append-only log of acts."""
-        return SqlAudit(self._connection)
+        self.releases = SqlReleases(connection)
+        self.policies = SqlPolicies(connection)
+        self.principals = SqlPrincipals(connection)
+        self.keys = SqlKeys(connection)
+        self.evidence = SqlEvidence(connection)
+        self.deployments = SqlDeployments(connection)
+        self.stages = SqlStages(connection)
+        self.intents = SqlIntents(connection)
+        self.rollouts = SqlRollouts(connection)
+        self.decisions = SqlDecisions(connection)
+        self.plans = SqlPlans(connection)
+        self.traffic = SqlTraffic(connection)
+        self.cursors = SqlCursors(connection)
+        self.audit = SqlAudit(connection)
 
 
 class SqlLedger:

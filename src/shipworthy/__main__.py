@@ -1,0 +1,5 @@
+"""`python -m shipworthy` is the command `shipworthy`."""
+
+from shipworthy.cli import main
+
+main()

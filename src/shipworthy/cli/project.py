@@ -1,0 +1,211 @@
+"""A project as a whole: `init`, `try`, `up`, `apply`, `status`."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shipworthy.app import trying
+from shipworthy.app.founding import apply_policies, make_project
+from shipworthy.app.session import open_session
+from shipworthy.app.status import ModelStatus, Serving, Status, status_of
+from shipworthy.app.supervisor import Up, stop_on_signals, supervise
+from shipworthy.cli.output import ago, err, out, say, say_json, say_table, styled, waiting
+from shipworthy.domain.names import check_model_name
+from shipworthy.errors import NotFound
+
+_STALE_KEEPER_SECONDS = 60.0
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where; made when it isn't there.")] = Path(),
+    preset: Annotated[
+        str, typer.Option(help="How strict new policies are: prototype, standard or critical.")
+    ] = "standard",
+    *,
+    solo: Annotated[
+        bool, typer.Option("--solo", help="One person works here: waive four-eyes, on record.")
+    ] = False,
+) -> None:
+    """Make a project that works.
+
+    Example: shipworthy init --solo --preset prototype
+    """
+    session = make_project(folder, preset=preset, solo=solo)
+    say(f"Made a project in {session.project.root}: settings in shipworthy.yaml, state below it.")
+    say("Next: 'shipworthy try MODEL --sample ROWS.csv' serves a model; 'shipworthy up' all of it.")
+
+
+def try_model(
+    target: Annotated[
+        str, typer.Argument(help="A model file, or the URL of a server that speaks OIP v2.")
+    ],
+    sample: Annotated[
+        Path | None, typer.Option(help="Rows that the model takes: CSV with a header, or JSON.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What to call the model; without: after its file or URL.")
+    ] = None,
+    unsafe: Annotated[
+        str | None,
+        typer.Option(help="Why a pickle or joblib file may run its code; kept with the release."),
+    ] = None,
+    credential: Annotated[
+        str | None, typer.Option(help="For a URL: env:NAME or file:PATH of its token.")
+    ] = None,
+) -> None:
+    """Look at a model, register it, serve it behind the gateway and say what is missing.
+
+    Example: shipworthy try model.skops --sample rows.csv
+    """
+    session = trying.session_here()
+    wanted = trying.Wanted(
+        target=target,
+        sample=sample,
+        name=check_model_name(name) if name else None,
+        unsafe=unsafe,
+        credential=credential,
+    )
+    with waiting(f"looking at {target}"):
+        tried = trying.look_and_register(session, wanted)
+    for note in tried.notes:
+        say(note)
+    trying.serve_it(session, tried, tell=say, show=_show_tried)
+
+
+def _show_tried(tried: trying.Tried, url: str, key_file: Path, missing: list[str]) -> None:
+    path = f"/v2/models/{tried.release.model}@development/infer"
+    say(f"\n{tried.release.name} answers behind the gateway:\n")
+    say(
+        f'  curl -s {url}{path} -H "Authorization: Bearer $(cat {shlex.quote(str(key_file))})"'
+        f" -d {shlex.quote(tried.sample_request)}\n"
+    )
+    say("Still missing for production:")
+    for line in missing:
+        say(f"  - {line}")
+    say(f"\nWritten: {', '.join(str(file) for file in tried.written)}. Next:")
+    say(f"  shipworthy promote {tried.release.name} --to staging")
+
+
+def up(
+    *,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Don't print the admin key.")] = False,
+) -> None:
+    """Run everything of this project on this machine: keeper, gateway and replicas.
+
+    It ends with Ctrl-C, in order: what is under way is answered first.
+
+    Example: shipworthy up
+    """
+    session = open_session(prepare=True)
+
+    async def ready(running: Up) -> None:
+        say(f"The gateway listens on {running.url}")
+        if not quiet:
+            say(f"Admin key (also in {session.project.secrets / 'admin-key'}): {running.admin_key}")
+        say(f"Logs are in {session.project.logs}. 'shipworthy status' tells how it goes.")
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        stop_on_signals(stop)
+        await supervise(session, on_ready=ready, stop=stop)
+        say("Stopped.")
+
+    asyncio.run(run())
+
+
+def apply(
+    file: Annotated[
+        Path, typer.Option("--file", "-f", help="A policy file, or a folder of them.")
+    ] = Path(),
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
+) -> None:
+    """Put policies in force and say what changed.
+
+    Example: shipworthy apply -f policies/ --dry-run
+    """
+    session = open_session()
+    for applied in apply_policies(session, file, dry_run=dry_run):
+        if not applied.changes:
+            say(f"{applied.file}: the policy of {applied.model} is in force already.")
+            continue
+        verb = "would be" if dry_run else "is"
+        kind = "put in force" if applied.new else "changed"
+        say(f"{applied.file}: the policy of {applied.model} {verb} {kind}.")
+        if not applied.new:
+            for change in applied.changes:
+                say(f"  {change}")
+
+
+def status(
+    model: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
+    *,
+    json: Json = False,
+) -> None:
+    """Show on one screen what needs a person, then each model from release to traffic.
+
+    Example: shipworthy status digits
+    """
+    session = open_session()
+    found = status_of(session, model)
+    if model is not None and not found.models:
+        message = f"no model {model}; 'shipworthy release list' shows what there is"
+        raise NotFound(message)
+    if json:
+        say_json(found)
+        return
+    _say_needs(found)
+    for line in found.models:
+        _say_model(line)
+    if not found.models:
+        say("No models yet; 'shipworthy try MODEL' brings the first.")
+
+
+def _say_needs(found: Status) -> None:
+    needs = list(found.needs_a_person)
+    if found.running and found.keeper_seen is not None:
+        silent = time.time() - found.keeper_seen
+        if silent > _STALE_KEEPER_SECONDS:
+            needs.insert(0, f"the keeper has said nothing for {silent:.0f} s; see its log")
+    if not needs:
+        out.print("[green]Nothing needs a person.[/]")
+    for need in needs:
+        err.print(f"! {need}", style="yellow", markup=False)
+
+
+def _say_model(line: ModelStatus) -> None:
+    out.print(f"\n[bold]{line.model}[/]: {line.releases} releases, newest {line.newest}")
+    say_table(
+        ("stage", "release", "state", "share", "answers/15 min", "failed", "since"),
+        (_serving_row(serving) for serving in line.serving),
+        empty="  registered, and runs nowhere yet",
+    )
+    rollout = line.rollout
+    if rollout is not None and rollout.ended is None:
+        out.print(
+            f"  rollout of {rollout.candidate}: {styled(rollout.status)}, step {rollout.step} of"
+            f" {rollout.steps}, e-value {rollout.e_value:.3g} (alarm at {rollout.alarm_at:g})"
+        )
+        for phrase in rollout.missing:
+            say(f"    still missing: {phrase}")
+
+
+def _serving_row(serving: Serving) -> tuple[str, ...]:
+    failed = f"{serving.failed / serving.assigned:.2%}" if serving.assigned else "-"
+    return (
+        serving.stage,
+        serving.release,
+        styled(serving.state),
+        f"{serving.weight:.0%}",
+        f"{serving.answers:,}",
+        failed,
+        ago(serving.since),
+    )
