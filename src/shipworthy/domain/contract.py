@@ -24,7 +24,8 @@ class Tensor:
     """One named input or output.
 
     `shape` holds one entry per dimension, `ANY` (-1) where any size is accepted; the first is the
-    batch. An `optional` tensor may be left out of a request.
+    batch. An `optional` input may be left out of a request; an `optional` output is only returned
+    when it is asked for.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -79,8 +80,11 @@ def incompatibilities(new: Contract, serving: Contract) -> list[str]:
         now = returned.get(old.name)
         if now is None:
             problems.append(f"output {old.name!r} is no longer returned")
-        else:  # an output narrows the other way round: the old must cover the new
-            problems += _narrowed("output", now, old, before=old, after=now)
+            continue
+        # An output narrows the other way round: the old must cover the new.
+        problems += _narrowed("output", now, old, before=old, after=now)
+        if now.optional and not old.optional:
+            problems.append(f"output {old.name!r} was always returned and is now optional")
     return problems
 
 
