@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,8 +71,8 @@ def journal_reader(journal_folder: Path) -> JournalReader:
 
 @pytest.fixture
 def record() -> Callable[..., InferenceRecord]:
-    def make(number: int = 0, **fields: object) -> InferenceRecord:
-        known = {
+    def make(number: int = 0, **fields: Any) -> InferenceRecord:
+        known: dict[str, Any] = {
             "id": f"inference-{number}",
             "at": 1_700_000_000.0 + number,
             "plan": "digits",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 import pytest
@@ -58,8 +59,8 @@ def release(version: int, letter: str, model: str = "digits") -> Release:
     )
 
 
-def entry(letter: str, at: float, **fields: object) -> StageEntry:
-    known = {"model": "digits", "stage": PRODUCTION, "policy": None}
+def entry(letter: str, at: float, **fields: Any) -> StageEntry:
+    known: dict[str, Any] = {"model": "digits", "stage": PRODUCTION, "policy": None}
     return StageEntry(release=digest(letter), at=at, **(known | fields))
 
 
@@ -111,10 +112,6 @@ class TestTransactions:
     def test_a_reader_can_not_write(self, ledger: Ledger):
         with ledger.read() as tx, pytest.raises(LedgerUnavailable):
             tx.releases.add(release(1, "a"))
-
-    def test_repositories_are_made_once(self, ledger: Ledger):
-        with ledger.read() as tx:
-            assert tx.releases is tx.releases
 
 
 class TestReleases:
@@ -315,8 +312,13 @@ class TestEvidence:
 
 class TestDelivery:
     def test_deployments_are_replaced_and_listed_until_stopped(self, ledger: Ledger):
-        def deployment(id: str, state: DeploymentState, **fields: object) -> Deployment:
-            known = {"model": "digits", "release": digest("a"), "stage": PRODUCTION, "wanted": True}
+        def deployment(id: str, state: DeploymentState, **fields: Any) -> Deployment:
+            known: dict[str, Any] = {
+                "model": "digits",
+                "release": digest("a"),
+                "stage": PRODUCTION,
+                "wanted": True,
+            }
             return Deployment(id=id, state=state, since=1.0, **(known | fields))
 
         first = deployment("d1", DeploymentState.STARTING)
@@ -489,9 +491,9 @@ class TestAudit:
 
     def test_many_entries_are_streamed(self, ledger: Ledger):
         with ledger.write() as tx:
-            for number in range(1_200):
+            for number in range(600):
                 tx.audit.append(at=number, actor="p", act="a", subject=str(number))
         with ledger.read() as tx:
             entries = tx.audit.entries()
             assert next(entries).subject == "0"
-            assert sum(1 for _ in entries) == 1_199
+            assert sum(1 for _ in entries) == 599

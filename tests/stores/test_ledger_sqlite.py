@@ -77,7 +77,7 @@ class TestSchema:
 
     def test_the_file_is_synced_and_logs_ahead(self, ledger: SqlLedger):
         with ledger.write() as tx:
-            pragma = tx._connection.exec_driver_sql
+            pragma = tx.audit._connection.exec_driver_sql
             assert pragma("PRAGMA journal_mode").scalar() == "wal"
             assert pragma("PRAGMA synchronous").scalar() == 2
             assert pragma("PRAGMA foreign_keys").scalar() == 1
@@ -96,7 +96,7 @@ class TestSchema:
         with ledger.write() as tx:
             tx.audit.append(at=1.0, actor="p", act="a", subject="s")
         with pytest.raises(Conflict), ledger.write() as tx:
-            tx._connection.execute(text(statement))
+            tx.audit._connection.execute(text(statement))
 
 
 class TestOpening:
@@ -159,7 +159,7 @@ class TestOpening:
 
 
 def fill(tx: SqlTransaction) -> None:
-    tx._connection.exec_driver_sql("PRAGMA max_page_count = 1")
+    tx.audit._connection.exec_driver_sql("PRAGMA max_page_count = 1")
     for number in range(1_000):
         tx.audit.append(at=number, actor="p", act="a", subject="s" * 1_000)
 

@@ -93,7 +93,8 @@ class JournalWriter:
         self._seed = 0
         self._size = 0
         self._room = 0  # bytes that may still be written before space is looked at again
-        self._looked = -_RESCAN
+        self._full = False
+        self._looked = 0.0
 
     def append(self, record: Record) -> bool:
         """Whether the record is written (`write(2)` returned); False when it was dropped."""
@@ -148,14 +149,15 @@ class JournalWriter:
     def _look_for_room(self, needed: int) -> bool:
         """Count what all journals take now; at most a few times a second while they are full."""
         now = time.monotonic()
-        if self._room <= 0 and now - self._looked < _RESCAN:
+        if self._full and now - self._looked < _RESCAN:
             return False
         self._looked = now
         try:
             free = self._max_bytes - sum(size for _, size in _segments(self._folder))
         except OSError:
             free = self._segment_bytes  # beginning a segment will tell what is wrong
-        if free < needed:
+        self._full = free < needed
+        if self._full:
             self._room = 0
             return False
         # Other workers write too, so look again soon.
@@ -241,11 +243,15 @@ class JournalReader:
             if size > after.get(name, 0) and name not in self._refused:
                 unread.setdefault(_worker_of(name), []).append(name)
         records: list[Record] = []
-        queues = list(unread.values())
-        for left in range(len(queues), 0, -1):
-            # Whoever has little to say leaves its share to those who come later.
-            share = -(-(limit - len(records)) // left)
-            self._read_queue(queues[len(queues) - left], after, records, len(records) + share)
+        queues: list[list[str]] = list(unread.values())
+        while queues and len(records) < limit:
+            # Whoever has less to say than its share leaves the rest to the others.
+            share = max(1, (limit - len(records)) // len(queues))
+            queues = [
+                names
+                for names in queues
+                if self._read_queue(names, after, records, min(limit, len(records) + share))
+            ]
         return records, after
 
     def discard(self, cursors: Mapping[str, int]) -> None:
@@ -271,11 +277,11 @@ class JournalReader:
 
     def _read_queue(
         self, names: list[str], after: dict[str, int], records: list[Record], limit: int
-    ) -> None:
-        """Read one worker's segments, oldest first, until the list has `limit` records."""
+    ) -> bool:
+        """Read one worker's segments, oldest first; whether the list got its `limit` records."""
         for name in names:
             if len(records) >= limit:
-                return
+                break
             try:
                 with _opened(self._folder / name) as descriptor:
                     self._read_segment(name, descriptor, after, records, limit)
@@ -283,6 +289,7 @@ class JournalReader:
                 continue
             except OSError:
                 self.skipped["unreadable"] += 1
+        return len(records) >= limit
 
     def _read_segment(
         self,
@@ -297,8 +304,9 @@ class JournalReader:
             return  # not begun yet
         header = _read_header(content)
         if header is None:
-            self.skipped["corrupt"] += 1
-            after[name] = os.fstat(descriptor).st_size
+            size = os.fstat(descriptor).st_size
+            self.skipped["corrupt"] += size > after.get(name, 0)
+            after[name] = size
             return
         version, marker, seed = header
         if version != VERSION:

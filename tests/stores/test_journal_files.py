@@ -1,0 +1,511 @@
+"""Journals on disk: bounds, damage, full disks, restarts and killed writers."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import struct
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shipworthy.domain.records import FeedbackRecord, InferenceRecord, Outcome, Record
+from shipworthy.stores import journal
+from shipworthy.stores.journal import MAX_RECORD, JournalReader, JournalWriter
+
+Open = Callable[..., JournalWriter]
+Make = Callable[..., InferenceRecord]
+HEADER = 44
+FRAME = 12
+
+
+def read_all(reader: JournalReader) -> list[Record]:
+    records: list[Record] = []
+    cursors: dict[str, int] = {}
+    for _ in range(100):
+        more, cursors = reader.read(cursors, 50)
+        records += more
+    return records
+
+
+def segments(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+@contextmanager
+def file_limit(size: int) -> Generator[None]:
+    """A disk that takes no file beyond a size: a write across it is short, the next one fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def frames(path: Path) -> list[tuple[int, int]]:
+    """Begin and end of each frame of an undamaged segment."""
+    content, found, offset = path.read_bytes(), [], HEADER
+    while offset < len(content):
+        length = struct.unpack_from("<4sII", content, offset)[1]
+        found.append((offset, offset + FRAME + length))
+        offset = found[-1][1]
+    return found
+
+
+class TestWriter:
+    def test_one_write_for_each_record(
+        self, open_writer: Open, record: Make, monkeypatch: pytest.MonkeyPatch
+    ):
+        writer = open_writer()
+        writer.append(record(0))
+        sizes: list[int] = []
+        write = os.write
+        monkeypatch.setattr(
+            os, "write", lambda fd, data: sizes.append(len(data)) or write(fd, data)
+        )
+        for number in range(3):
+            assert writer.append(record(number, request=b"x" * 10_000))
+        assert len(sizes) == 3
+
+    def test_segments_are_their_owners_alone_and_sort_by_time(
+        self, open_writer: Open, journal_folder: Path, record: Make, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(journal.time, "time_ns", lambda: 2_000)
+        first = open_writer(segment_bytes=500)
+        for number in range(4):
+            first.append(record(number))
+        monkeypatch.setattr(journal.time, "time_ns", lambda: 1_000)  # the clock steps back
+        restarted = open_writer()
+        restarted.append(record(4))
+        names = [path.name for path in segments(journal_folder)]
+        assert len(names) > 2
+        assert names[-1] == f"{2_000 + len(names) - 1:020d}-w0.journal"
+        assert {path.stat().st_mode & 0o777 for path in segments(journal_folder)} == {0o600}
+        assert read_all(JournalReader(journal_folder)) == [record(number) for number in range(5)]
+
+    def test_a_restarted_worker_begins_a_segment(
+        self, open_writer: Open, journal_folder: Path, record: Make
+    ):
+        for number in range(3):
+            writer = open_writer()
+            writer.append(record(number))
+            writer.close()
+        assert len(segments(journal_folder)) == 3
+
+    @pytest.mark.parametrize("worker", ["", "a/b", "a b", "x" * 65])
+    def test_a_worker_has_a_plain_name(self, tmp_path: Path, worker: str):
+        with pytest.raises(ValueError, match="worker name"):
+            JournalWriter(tmp_path, worker, 1_000)
+
+    def test_journals_are_bounded_together(
+        self, open_writer: Open, journal_folder: Path, record: Make
+    ):
+        limit, segment = 100_000, 16_000
+        writers = [open_writer(f"w{n}", limit, segment_bytes=segment) for n in range(2)]
+        written = 0
+        for number in range(1_000):
+            written += writers[number % 2].append(record(number))
+        total = sum(path.stat().st_size for path in segments(journal_folder))
+        assert limit * 0.9 < total <= limit + 2 * segment // 16
+        assert written + sum(writer.dropped["full"] for writer in writers) == 1_000
+
+    def test_space_that_was_freed_is_used_again(
+        self, open_writer: Open, journal_folder: Path, record: Make, monkeypatch: pytest.MonkeyPatch
+    ):
+        clock = [100.0]
+        monkeypatch.setattr(journal.time, "monotonic", lambda: clock[0])
+        writer = open_writer(max_bytes=5_000, segment_bytes=1_000)
+        while writer.append(record()):
+            pass
+        reader = JournalReader(journal_folder)
+        _, cursors = reader.read({}, 1_000)
+        reader.discard(cursors)
+        assert not writer.append(record())  # has looked just now
+        clock[0] += 1.0
+        assert writer.append(record())
+        assert writer.dropped == {"full": 2}
+
+    def test_what_can_not_be_written_is_counted(self, open_writer: Open, record: Make):
+        writer = open_writer(max_bytes=10**9)
+        assert not writer.append(record(request=b"x" * (MAX_RECORD + 1)))
+        odd = FeedbackRecord(
+            id="f", at=1.0, inference="i", key="k", kind="reward", name="n", value={"n": 2**80}
+        )
+        assert not writer.append(odd)
+        assert not writer.append(record(unit="\ud800"))
+        assert writer.append(record())
+        assert writer.dropped == {"too large": 1, "invalid": 2}
+
+    def test_the_largest_record(self, open_writer: Open, journal_folder: Path, record: Make):
+        writer = open_writer()
+        room = MAX_RECORD - len(msgspec.msgpack.encode(record(request=b"x" * 70_000))) + 70_000
+        large = record(request=b"x" * room)
+        assert [writer.append(each) for each in (record(1), large, record(2))] == [True] * 3
+        assert read_all(JournalReader(journal_folder)) == [record(1), large, record(2)]
+
+    def test_a_full_disk_takes_back_half_a_record(
+        self, open_writer: Open, journal_folder: Path, record: Make
+    ):
+        writer = open_writer()
+        writer.append(record(0))
+        (path,) = segments(journal_folder)
+        before = path.read_bytes()
+        with file_limit(len(before) + 50):
+            assert not writer.append(record(1))
+            assert not writer.append(record(2))
+            assert path.read_bytes() == before
+        assert writer.append(record(3))
+        assert writer.dropped == {"disk": 2}
+        assert read_all(JournalReader(journal_folder)) == [record(0), record(3)]
+
+    def test_nothing_follows_a_torn_frame(
+        self, open_writer: Open, journal_folder: Path, record: Make, monkeypatch: pytest.MonkeyPatch
+    ):
+        writer = open_writer()
+        writer.append(record(0))
+
+        def refuse(*_: object) -> None:
+            raise OSError
+
+        monkeypatch.setattr(os, "ftruncate", refuse)
+        with file_limit(segments(journal_folder)[0].stat().st_size + 50):
+            assert not writer.append(record(1))
+        assert writer.append(record(2))
+        assert len(segments(journal_folder)) == 2
+        reader = JournalReader(journal_folder)
+        assert read_all(reader) == [record(0), record(2)]
+        assert reader.skipped == {"torn": 1}
+
+    def test_a_segment_that_can_not_be_begun(
+        self, open_writer: Open, journal_folder: Path, record: Make
+    ):
+        writer = open_writer(segment_bytes=500)
+        with file_limit(10):
+            assert not writer.append(record(0))
+        assert segments(journal_folder) == []
+        assert writer.append(record(1))
+        assert writer.append(record(2))
+        assert read_all(JournalReader(journal_folder)) == [record(1), record(2)]
+
+    def test_a_folder_that_can_not_be_written(
+        self, unprivileged: Callable[[], AbstractContextManager[Path]], record: Make
+    ):
+        with unprivileged() as folder:
+            folder.chmod(0o500)
+            writer = JournalWriter(folder / "journals", "w0", 10**6)
+            assert not writer.append(record())
+            folder.chmod(0)
+            reader = JournalReader(folder / "journals")
+            assert reader.read({"a": 1}, 5) == ([], {"a": 1})
+            assert not writer.append(record())
+            assert writer.dropped == {"disk": 2}
+            assert reader.skipped == {"unreadable": 1}
+            folder.chmod(0o700)
+            assert writer.append(record())
+            segments(folder / "journals")[0].chmod(0)
+            assert reader.read({}, 5) == ([], {})
+            writer.close()
+
+
+class TestReader:
+    def test_a_write_under_way_is_waited_for(
+        self, open_writer: Open, journal_folder: Path, record: Make
+    ):
+        writer = open_writer()
+        writer.append(record(0))
+        reader = JournalReader(journal_folder)
+        (path,) = segments(journal_folder)
+        _, cursors = reader.read({}, 10)
+        before = path.stat().st_size
+        writer.append(record(1))
+        frame = path.read_bytes()[before:]
+        for cut in range(len(frame)):
+            os.truncate(path, before)
+            with path.open("ab") as handle:
+                handle.write(frame[:cut])
+            assert reader.read(cursors, 10) == ([], cursors)
+        with path.open("ab") as handle:
+            handle.write(frame[-1:])
+        assert reader.read(cursors, 10)[0] == [record(1)]
+        assert reader.skipped == {}
+
+    def test_a_killed_writer_leaves_a_torn_end_that_is_passed_over(
+        self, open_writer: Open, journal_folder: Path, record: Make
+    ):
+        script = (
+            "import os, signal, sys; from pathlib import Path\n"
+            "from shipworthy.domain.records import FeedbackRecord\n"
+            "from shipworthy.stores.journal import JournalWriter\n"
+            "writer = JournalWriter(Path(sys.argv[1]), 'w0', 10**9)\n"
+            "fields = dict(at=1.0, inference='i', key='k', kind='rating', name='n', value=1.0)\n"
+            "for number in range(3): writer.append(FeedbackRecord(id=str(number), **fields))\n"
+            "os.write(writer._descriptor, writer._buffer[:20])\n"
+            "os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        subprocess.run([sys.executable, "-c", script, str(journal_folder)], check=False)
+        open_writer().append(record(9))
+        reader = JournalReader(journal_folder)
+        assert [each.id for each in read_all(reader)] == ["0", "1", "2", "inference-9"]
+        assert reader.skipped == {"torn": 1}
+        _, cursors = reader.read({}, 100)
+        reader.discard(cursors)
+        assert len(segments(journal_folder)) == 1  # the live one stays
+
+    def test_what_a_killed_worker_acknowledged_is_read_exactly_once(self, journal_folder: Path):
+        script = (
+            "import os, sys; from pathlib import Path\n"
+            "from shipworthy.domain.records import FeedbackRecord\n"
+            "from shipworthy.stores.journal import JournalWriter\n"
+            "writer = JournalWriter(Path(sys.argv[1]), 'w0', 10**9, segment_bytes=5_000)\n"
+            "fields = dict(at=1.0, inference='i', key='k', kind='label', name='n', value=1)\n"
+            "for number in range(10**6):\n"
+            "    assert writer.append(FeedbackRecord(id=str(number), **fields))\n"
+            "    os.write(1, b'.')\n"
+        )
+        command = [sys.executable, "-c", script, str(journal_folder)]
+        reader, cursors, found, acknowledged = JournalReader(journal_folder), {}, [], 0
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as worker:
+            assert worker.stdout
+            while acknowledged < 2_000:
+                acknowledged += len(os.read(worker.stdout.fileno(), 65_536))
+                records, cursors = reader.read(cursors, 1_000)
+                found += records
+                reader.discard(cursors)
+            worker.kill()
+            acknowledged += len(worker.stdout.read())
+        while records := (answer := reader.read(cursors, 1_000))[0]:
+            found, cursors = found + records, answer[1]
+        assert [each.id for each in found] == [str(number) for number in range(len(found))]
+        assert acknowledged <= len(found) <= acknowledged + 1
+
+    def test_nobody_can_send_a_frame(self, open_writer: Open, journal_folder: Path, record: Make):
+        (forged_in, writer) = (open_writer("w1"), open_writer("w0"))
+        forged_in.append(record(666))
+        other = segments(journal_folder)[0]
+        forged = other.read_bytes()[HEADER:]
+        other.unlink()
+        writer.append(record(1, request=forged * 20))
+        writer.append(record(2))
+        (path,) = segments(journal_folder)
+        content = bytearray(path.read_bytes())
+        content[HEADER + 5] ^= 0xFF  # the length: the reader must search inside the first record
+        path.write_bytes(content)
+        assert read_all(JournalReader(journal_folder)) == [record(2)]
+
+    def test_records_and_fields_of_the_future(
+        self, open_writer: Open, journal_folder: Path, record: Make
+    ):
+        class Novel(msgspec.Struct, tag="novel"):
+            at: float
+
+        writer = open_writer()
+        grown = msgspec.to_builtins(record(1)) | {"colour": "blue"}
+        future: list[Any] = [Novel(1.0), grown, {"type": "inference", "outcome": "sublime"}]
+        for each in [record(0), *future]:
+            assert writer.append(each)
+        reader = JournalReader(journal_folder)
+        assert read_all(reader) == [record(0), record(1)]
+        assert reader.skipped == {"unknown": 2}
+
+    def test_a_segment_of_a_newer_version_waits_for_a_newer_reader(
+        self, open_writer: Open, journal_folder: Path, record: Make
+    ):
+        writer = open_writer()
+        writer.append(record())
+        writer.close()
+        (path,) = segments(journal_folder)
+        fields = b"SWJOURNL" + struct.pack("<H", 2) + b"mark" + b"seed"
+        header = (fields + struct.pack("<I", zlib.crc32(fields))) * 2
+        path.write_bytes(header + path.read_bytes()[HEADER:])
+        reader = JournalReader(journal_folder)
+        assert reader.read({}, 10) == ([], {})
+        assert reader.read({}, 10) == ([], {})
+        reader.discard({})
+        assert path.exists()
+        assert reader.skipped == {"version": 1}
+
+    def test_a_lost_header(self, open_writer: Open, journal_folder: Path, record: Make):
+        writer = open_writer()
+        writer.append(record())
+        writer.close()
+        (path,) = segments(journal_folder)
+        path.write_bytes(b"\0" * HEADER + path.read_bytes()[HEADER:])
+        (journal_folder / f"{1:020d}-w1.journal").write_bytes(b"SWJO")  # only just being begun
+        reader = JournalReader(journal_folder)
+        _, cursors = reader.read({}, 10)
+        assert cursors == {path.name: path.stat().st_size}
+        reader.discard(cursors)
+        assert len(segments(journal_folder)) == 1
+        assert reader.skipped == {"corrupt": 1}
+
+    def test_damage_across_windows(
+        self,
+        open_writer: Open,
+        journal_folder: Path,
+        record: Make,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        monkeypatch.setattr(journal, "_WINDOW", 64)
+        writer = open_writer()
+        for number in range(20):
+            writer.append(record(number))
+        (path,) = segments(journal_folder)
+        begin, end = frames(path)[3]
+        content = path.read_bytes()
+        path.write_bytes(content[:begin] + b"\0" * (end - begin) + content[end:])
+        reader = JournalReader(journal_folder)
+        assert read_all(reader) == [record(number) for number in range(20) if number != 3]
+        assert reader.skipped == {"corrupt": 1}
+
+    def test_other_files_are_left_alone(self, journal_folder: Path):
+        journal_folder.mkdir()
+        (journal_folder / "notes.txt").write_text("hello")
+        reader = JournalReader(journal_folder)
+        assert reader.read({"gone": 5}, 5) == ([], {})
+        reader.discard({"notes.txt": 5})
+        assert len(segments(journal_folder)) == 1
+
+    def test_a_budget_of_read_segments_is_kept(
+        self, open_writer: Open, journal_folder: Path, record: Make
+    ):
+        writer = open_writer(segment_bytes=1_000)
+        for number in range(60):
+            writer.append(record(number))
+        before = segments(journal_folder)
+        reader = JournalReader(journal_folder, keep_bytes=4_000)
+        _, cursors = reader.read({}, 1_000)
+        reader.discard(cursors)
+        after = segments(journal_folder)
+        assert after == before[-len(after) :]
+        assert 2_000 < sum(path.stat().st_size for path in after) <= 4_000
+
+    def test_not_too_many_segments_are_kept(
+        self,
+        open_writer: Open,
+        journal_folder: Path,
+        record: Make,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        monkeypatch.setattr(journal, "_MAX_SEGMENTS", 3)
+        for number in range(6):
+            writer = open_writer()
+            writer.append(record(number))
+            writer.close()
+        reader = JournalReader(journal_folder, keep_bytes=10**9)
+        _, cursors = reader.read({}, 1_000)
+        reader.discard(cursors)
+        assert len(segments(journal_folder)) == 3
+
+    def test_nothing_that_came_after_the_last_read_is_discarded(
+        self, open_writer: Open, journal_folder: Path, record: Make
+    ):
+        writer = open_writer()
+        writer.append(record(0))
+        reader = JournalReader(journal_folder)
+        _, cursors = reader.read({}, 10)
+        writer.append(record(1))
+        writer.close()
+        reader.discard(cursors)
+        assert reader.read(cursors, 10)[0] == [record(1)]
+
+
+def five_records() -> list[InferenceRecord]:
+    return [
+        InferenceRecord(
+            id=str(number),
+            at=1.0,
+            plan="p",
+            model="m",
+            revision=1,
+            key="k",
+            assigned="stable",
+            probability=1.0,
+            outcome=Outcome.SUCCESS,
+            status=200,
+            release="m@1",
+            request=bytes(range(number * 40)),
+        )
+        for number in range(5)
+    ]
+
+
+def sample() -> tuple[bytes, list[tuple[int, int]]]:
+    with tempfile.TemporaryDirectory() as folder:
+        writer = JournalWriter(Path(folder), "w0", 10**6)
+        for each in five_records():
+            writer.append(each)
+        writer.close()
+        (path,) = segments(Path(folder))
+        return path.read_bytes(), frames(path)
+
+
+CONTENT, FRAMES = sample()
+
+
+def survivors(content: bytes, *, live: bool) -> tuple[list[str], JournalReader]:
+    """What a reader makes of a segment's content, and of a sound one after it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / f"{1:020d}-w0.journal"
+        path.write_bytes(content)
+        (folder / f"{2:020d}-w0.journal").write_bytes(CONTENT)
+        with path.open("rb") as handle:
+            if live:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            reader = JournalReader(folder)
+            records = read_all(reader)
+        assert records[-5:] == five_records()
+        return [each.id for each in records[:-5]], reader
+
+
+@given(cut=st.integers(0, len(CONTENT)), live=st.booleans())
+def test_a_cut_loses_only_what_it_cuts(cut: int, live: bool):
+    whole = [str(index) for index, (_, end) in enumerate(FRAMES) if end <= cut]
+    found, reader = survivors(CONTENT[:cut], live=live)
+    assert found == whole
+    clean = cut <= HEADER or cut in {end for _, end in FRAMES}
+    assert reader.skipped == ({} if clean or live else {"torn": 1})
+
+
+@given(position=st.integers(0, len(CONTENT) - 1), change=st.integers(1, 255), live=st.booleans())
+def test_a_damaged_byte_loses_only_its_own_record(position: int, change: int, live: bool):
+    content = bytearray(CONTENT)
+    content[position] ^= change
+    intact = [str(n) for n, (begin, end) in enumerate(FRAMES) if not begin <= position < end]
+    found, reader = survivors(bytes(content), live=live)
+    assert found == intact
+    last = position >= FRAMES[-1][0]
+    assert sum(reader.skipped.values()) == (position >= HEADER and not (last and live))
+
+
+@given(noise=st.binary(max_size=400), begin=st.integers(0, len(CONTENT)))
+def test_noise_never_stops_the_reader(noise: bytes, begin: int):
+    found, _ = survivors(CONTENT[:begin] + noise + CONTENT[begin + len(noise) :], live=False)
+    if begin >= HEADER:
+        touched = range(begin, begin + len(noise))
+        intact = [
+            str(n)
+            for n, (first, end) in enumerate(FRAMES)
+            if not touched or end <= touched.start or first >= touched.stop
+        ]
+        assert set(intact) <= set(found)
+
+
+def test_a_worker_loads_nothing_heavy():
+    script = (
+        "import sys, shipworthy.stores.journal\n"
+        "sys.exit(bool({'numpy', 'sqlalchemy', 'pydantic'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
