@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from shipworthy.app.access import admin_key, create_key, revoke_key
 from shipworthy.app.http import AiohttpClient
 from shipworthy.app.releasing import sample_request
 from shipworthy.app.serving import make_runtimes
 from shipworthy.app.session import Session, new_id
+from shipworthy.app.supervisor import gateway_url
 from shipworthy.domain.checklist import Checklist, ChecklistItem, Moment
 from shipworthy.domain.findings import Finding, Verdict
 from shipworthy.domain.gates import GateItem, GateJudgement, GateVerdict
+from shipworthy.domain.keys import key_id, new_key
 from shipworthy.domain.lifecycle import Deployment, DeploymentState, Release, StageFinding, standing
 from shipworthy.domain.manifest import EndpointServing, Manifest
 from shipworthy.domain.names import ReleaseReference, Stage, plan_name
 from shipworthy.domain.policy import Policy
-from shipworthy.errors import NotMeasured, Refused, RuntimeFailed, ShipworthyError
+from shipworthy.errors import NotFound, NotMeasured, Refused, RuntimeFailed, ShipworthyError
+from shipworthy.gateway import probes as gateway_probes
 from shipworthy.ports import HttpClient
 from shipworthy.release import probes as release_probes
 from shipworthy.release.catalogue import built_in
@@ -35,6 +42,7 @@ from shipworthy.runtimes.inspection import inspect_endpoint
 Tell = Callable[[str], None]
 START_SECONDS = 300.0
 _PROBE_KEY_SECONDS = 300.0
+_KEY_PATIENCE = 30  # tenths of a second for a key's change to reach the gateway
 _SAMPLE_ROWS = 4
 
 
@@ -182,16 +190,70 @@ async def _start_package(
 # --- the gateway ------------------------------------------------------------------------------
 
 
+async def _door(look: Look) -> gateway_probes.Door:
+    """Where the release is looked at: through this project's own gateway, at its stage."""
+    sample = await look.sample()
+    if sample is None:
+        message = "no sample is recorded to call it with; add data with 'role: sample'"
+        raise NotMeasured(message)
+    return gateway_probes.Door(
+        base_url=gateway_url(look.session.project),
+        plan=look.plan,
+        key=await asyncio.to_thread(admin_key, look.session),
+        release=look.release.name,
+        digest=look.release.digest,
+        contract=look.manifest.contract,
+        sample=sample,
+    )
+
+
 async def _auth(look: Look) -> Finding:
-    raise NotMeasured("not yet")
+    """With keys made for this: one that worked and was revoked, one of another model."""
+    door = await _door(look)
+    make = partial(
+        create_key,
+        look.session,
+        "checks",
+        kind="service",
+        expires=look.now + _PROBE_KEY_SECONDS,
+    )
+    revoked, foreign = make(models=(look.plan,)), make(models=("no-such-model",))
+    ids = [key_id(text) or "" for text in (revoked, foreign)]
+    by = await asyncio.to_thread(look.session.actor)
+    try:
+        await _until(look, door, revoked, 200)
+        await _until(look, door, foreign, 403)
+        revoke_key(look.session, ids[0], by=by.id)
+        await _until(look, door, revoked, 401)
+        wrong = new_key(secrets.token_hex(6), secrets.token_bytes(32))
+        strangers = gateway_probes.Strangers(wrong=wrong, revoked=revoked, foreign=foreign)
+        return await gateway_probes.probe_auth(door, look.http, strangers=strangers, now=look.now)
+    finally:
+        for id in ids:
+            with suppress(NotFound):
+                revoke_key(look.session, id, by=by.id)
+
+
+async def _until(look: Look, door: gateway_probes.Door, key: str, status: int) -> None:
+    """Wait for the gateway to have heard of a key's change; the probe itself judges."""
+    for _ in range(_KEY_PATIENCE):
+        answer = await look.http.request(
+            "POST",
+            f"{door.base_url}/v2/models/{door.plan}/infer",
+            headers={"Authorization": f"Bearer {key}"},
+            body=door.sample,
+        )
+        if answer.status == status:
+            return
+        await asyncio.sleep(0.1)
 
 
 async def _enforced(look: Look) -> Finding:
-    raise NotMeasured("not yet")
+    return await gateway_probes.probe_contract(await _door(look), look.http, now=look.now)
 
 
 async def _returned(look: Look) -> Finding:
-    raise NotMeasured("not yet")
+    return await gateway_probes.probe_answers(await _door(look), look.http, now=look.now)
 
 
 # --- the move ---------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -59,8 +59,8 @@ def options(
 
 def main() -> None:
     """Run a command; what we can explain ends in one sentence and its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a log file must show what a terminal would
-        sys.stdout.reconfigure(line_buffering=True)
+    # A log file must show what a terminal would, when it would.
+    cast("io.TextIOWrapper", sys.stdout).reconfigure(line_buffering=True)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     try:
         app()

@@ -16,7 +16,7 @@ from shipworthy.app import checks
 from shipworthy.app.asking import ask, await_answer
 from shipworthy.app.session import Session, open_session
 from shipworthy.app.status import RolloutStatusLine, rollout_of
-from shipworthy.cli.output import ago, err, out, say, say_json, say_table, styled, waiting
+from shipworthy.cli.output import ago, out, say, say_json, say_table, styled, waiting
 from shipworthy.domain.checklist import ItemStatus
 from shipworthy.domain.lifecycle import Approval, Intent, IntentKind, IntentStatus, Release
 from shipworthy.domain.names import Stage, check_model_name
@@ -27,6 +27,7 @@ from shipworthy.release.report import Report, ReportLine, to_json, to_markdown
 START_SECONDS = 900.0
 """How long a promotion may wait for the release to start, its interpreter being built included."""
 ANSWER_SECONDS = 20.0
+_LOOK_BACK = 200  # decisions of the model among which those of the rollout are looked for
 
 ReleaseName = Annotated[str, typer.Argument(help="digits@3, digits@staging or digits@sha256:…")]
 ModelName = Annotated[str, typer.Argument(help="The model's name.")]
@@ -276,7 +277,7 @@ rollout.command("start")(start)
 @rollout.command("status")
 def status(
     model: ModelName,
-    decisions: Annotated[int, typer.Option(min=0, help="How many decisions to show.")] = 5,
+    decisions: Annotated[int, typer.Option(min=0, help="How many of its decisions to show.")] = 5,
     *,
     json: Json = False,
 ) -> None:
@@ -288,7 +289,8 @@ def status(
     line = rollout_of(session, check_model_name(model))
     with session.ledger.read() as tx:
         known = tx.releases.list(model)
-        told = tx.decisions.list(model, limit=decisions) if decisions else []
+        told = tx.decisions.list(model, limit=_LOOK_BACK)
+    told = [one for one in told if line is not None and one.rollout == line.id][:decisions]
     if not known:
         message = f"no model {model}; 'shipworthy release list' shows what there is"
         raise NotFound(message)
@@ -300,7 +302,7 @@ def status(
     else:
         _say_rollout(line)
     for decision in reversed(told):
-        err.print(f"\n{ago(decision.at)}: {decision.kind}", style="bold", markup=False)
+        out.print(f"\n{ago(decision.at)}: {decision.kind}", style="bold", markup=False)
         say(decision.text)
 
 

@@ -44,14 +44,12 @@ def create(
     spec = releasing.read_spec(file)
     size = releasing.sources_of(spec, file.parent).size
     with byte_progress(f"storing {spec.model}", size) as advance:
-        made = releasing.register(
-            session, spec, file.parent, progress=advance, tell=lambda text: err.print(text)
-        )
+        made = releasing.register(session, spec, file.parent, progress=advance, tell=err.print)
     if json:
         say_json(_row(made.release) | {"created": made.created})
         return
     say(made.sentence)
-    if made.inferred:
+    if made.created and made.inferred:
         say("Its contract was found out by asking the model, and is frozen now:")
         say(write_document({"contract": made.manifest.content()["contract"]}))
 
@@ -154,7 +152,7 @@ def serve(
     manifest = Manifest.model_validate(found.manifest)
     size = sum(file.size for file in manifest.pinned_files())
     with byte_progress(f"copying {found.name}", size) as advance:
-        prepared = serving.prepare(session, found, advance, tell=lambda text: err.print(text))
+        prepared = serving.prepare(session, found, advance, tell=err.print)
     with prepared as options:
         code = serving.serve(options, found, host=host, port=port, tell=say)
     raise typer.Exit(code)
