@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import httptools
 import msgspec
@@ -26,7 +27,10 @@ from shipworthy.domain.plan import Arm, Endpoint, Key, Plan, Snapshot, encode_sn
 from shipworthy.gateway import GatewayOptions, run
 from shipworthy.ports import JournalWriter
 
-ANSWER = b'{"model_name":"digits","model_version":"1","outputs":[{"name":"label","datatype":"INT64","shape":[1],"data":[3]}]}'
+ANSWER = (
+    b'{"model_name":"digits","model_version":"1",'
+    b'"outputs":[{"name":"label","datatype":"INT64","shape":[1],"data":[3]}]}'
+)
 REQUEST = msgspec.json.encode(
     {
         "inputs": [
@@ -54,10 +58,12 @@ class FileJournal(JournalWriter):
         self._encoder = msgspec.json.Encoder()
 
     def append(self, record):
+        """Write it."""
         os.write(self._file, self._encoder.encode(record) + b"\n")
         return True
 
     def close(self):
+        """Close the file."""
         os.close(self._file)
 
 
@@ -69,15 +75,18 @@ class Answering(asyncio.Protocol):
         ANSWER,
     )
 
-    def connection_made(self, transport):
-        self.transport = transport
+    def connection_made(self, transport: Any):
+        """Begin."""
+        self.write = transport.write
         self.parser = httptools.HttpRequestParser(self)
 
     def data_received(self, data):
+        """Parse."""
         self.parser.feed_data(data)
 
     def on_message_complete(self):
-        self.transport.write(self.WHOLE)
+        """A whole message is there."""
+        self.write(self.WHOLE)
 
 
 class Asking(asyncio.Protocol):
@@ -86,19 +95,23 @@ class Asking(asyncio.Protocol):
     def __init__(self, request, left, latencies, done):
         self.request, self.left, self.latencies, self.done = request, left, latencies, done
 
-    def connection_made(self, transport):
-        self.transport = transport
+    def connection_made(self, transport: Any):
+        """Begin."""
+        self.write = transport.write
         self.parser = httptools.HttpResponseParser(self)
         self.ask()
 
     def ask(self):
+        """Send a request."""
         self.began = time.perf_counter()
-        self.transport.write(self.request)
+        self.write(self.request)
 
     def data_received(self, data):
+        """Parse."""
         self.parser.feed_data(data)
 
     def on_message_complete(self):
+        """A whole message is there."""
         assert self.parser.get_status_code() == 200, self.parser.get_status_code()
         self.latencies.append(time.perf_counter() - self.began)
         self.left[0] -= 1

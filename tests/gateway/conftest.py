@@ -286,7 +286,12 @@ class Worker:
             self.publish(*plans)
         listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._stop = asyncio.Event()
-        settings = {"port": 0, "snapshot_seconds": 0.01, "drain_seconds": 2.0, **options}
+        settings: dict[str, Any] = {
+            "port": 0,
+            "snapshot_seconds": 0.01,
+            "drain_seconds": 2.0,
+            **options,
+        }
         self._task = asyncio.create_task(
             serve(
                 GatewayOptions(**settings),
@@ -302,7 +307,8 @@ class Worker:
         )
         await asyncio.wait([self._task, listening], return_when=asyncio.FIRST_COMPLETED)
         if self._task.done():
-            await self._task
+            task, self._task = self._task, None
+            await task
         self.port = await listening
         self.client = aiohttp.ClientSession()
 
@@ -336,9 +342,7 @@ class Worker:
             named = {name.lower(): value for name, value in response.headers.items()}
             return Reply(response.status, named, await response.read())
 
-    async def infer(
-        self, *, name: str = "digits", unit: str | None = None, **asked: Any
-    ) -> Reply:
+    async def infer(self, *, name: str = "digits", unit: str | None = None, **asked: Any) -> Reply:
         headers = {**asked.pop("headers", {})}
         if unit is not None:
             headers["X-Shipworthy-Unit"] = unit
@@ -347,7 +351,7 @@ class Worker:
 
     async def until(self, holds: Callable[[], bool], seconds: float = 3.0) -> None:
         async with asyncio.timeout(seconds):
-            while not holds():
+            while not holds():  # noqa: ASYNC110  # what is waited for sets no event
                 await asyncio.sleep(0.005)
 
     async def metric(self, line: str) -> float:

@@ -257,11 +257,13 @@ async def test_an_expired_key_and_a_revoked_one_get_the_same_401(worker):
 
 
 async def wait_for_status(worker, status):
+    reply = await worker.infer()
     for _ in range(200):
-        reply = await worker.infer()
         if reply.status == status:
-            return reply
-    raise AssertionError(reply)
+            break
+        reply = await worker.infer()
+    assert reply.status == status
+    return reply
 
 
 async def test_a_revocation_reaches_the_worker_in_half_a_second(worker):
@@ -347,14 +349,9 @@ async def test_while_a_release_is_rolled_out_the_contract_is_stables(worker, mod
         inputs=(*model.contract.inputs, Tensor("more", "INT8", (-1,), optional=True)),
         outputs=model.contract.outputs,
     )
-    await worker.start(
-        worker.plan(
-            candidate=True, weight=5_000,
-        )  # fmt: skip
-    )
-    plan = worker.plan(candidate=True, revision=2)
     candidate = worker.arm(2, worker.candidate_model.url, contract=wider)
-    worker.publish(msgspec.structs.replace(plan, candidate=candidate))
+    plan = msgspec.structs.replace(worker.plan(candidate=True), candidate=candidate)
+    await worker.start(plan)
     body = model.request_of()
     body["inputs"].append({"name": "more", "datatype": "INT8", "shape": [1], "data": [1]})
     reply = await worker.infer(body=body)
@@ -371,9 +368,7 @@ async def test_a_candidate_that_takes_less_than_stable_fails_and_stable_answers(
     candidate = worker.arm(2, worker.candidate_model.url, contract=narrower)
     await worker.start(msgspec.structs.replace(plan, candidate=candidate))
     assert (await worker.infer()).headers["x-shipworthy-release"] == "digits@2"
-    body = {
-        "inputs": [{"name": "features", "datatype": "FP64", "shape": [2, 4], "data": [1] * 8}]
-    }
+    body = {"inputs": [{"name": "features", "datatype": "FP64", "shape": [2, 4], "data": [1] * 8}]}
     worker.model.behave = worker_two_rows
     reply = await worker.infer(body=body)
     assert reply.headers["x-shipworthy-release"] == "digits@1"

@@ -211,7 +211,9 @@ async def test_the_breaker_stops_calls_to_a_failing_candidate_and_tries_again(wo
     for _ in range(6):
         assert (await worker.infer()).status == 200
     assert len(worker.candidate_model.received) == 3
-    assert [record.reason for record in worker.journal.calls] == ["status_5xx"] * 3 + ["ejected"] * 3
+    assert [record.reason for record in worker.journal.calls] == ["status_5xx"] * 3 + [
+        "ejected"
+    ] * 3
     held = worker.journal.last
     assert (held.outcome, held.sent, held.attempt_seconds) == (Outcome.FAILURE, None, None)
 

@@ -81,7 +81,9 @@ async def test_feedback_that_makes_no_sense_is_refused(asked, changes, says):
     assert not asked.journal.feedback
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"inference":"\xff"}', b'{"value":' + b"[" * 60_000])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"inference":"\xff"}', b'{"value":' + b"[" * 60_000]
+)
 async def test_feedback_that_is_no_json_object_is_refused(asked, body):
     reply = await asked.ask("POST", "/v1/feedback", body=body)
     assert (reply.status, list(reply.json)) == (400, ["error"])
@@ -121,6 +123,7 @@ def test_an_id_says_who_asked_when_and_on_which_arm():
     office = TicketOffice(SECRET, worker=b"abcd")
     text = office.issue(at=1_700_000_000.25, key="k-1", arm="candidate", unit="00ff" * 4)
     ticket = TicketOffice(SECRET, worker=b"efgh").read(text)
+    assert ticket is not None
     assert (ticket.at, ticket.arm, ticket.unit) == (1_700_000_000.25, "candidate", "00ff" * 4)
     assert ticket.issued_to("k-1")
     assert not ticket.issued_to("k-2")
@@ -138,7 +141,9 @@ def test_no_two_ids_are_alike():
 def test_an_altered_id_or_one_of_another_gateway_is_not_ours():
     office = TicketOffice(SECRET, worker=b"abcd")
     text = office.issue(at=1.0, key="k", arm="stable", unit=None)
-    assert office.read(text).unit is None
+    ticket = office.read(text)
+    assert ticket is not None
+    assert ticket.unit is None
     for place in range(4, len(text)):
         letter = "A" if text[place] != "A" else "B"
         altered = text[:place] + letter + text[place + 1 :]

@@ -1,5 +1,7 @@
 """The probes, against a worker that does well and ones that do not."""
 
+from typing import Any
+
 import aiohttp
 import msgspec
 import pytest
@@ -18,7 +20,7 @@ class Http:
     def __init__(self) -> None:
         self.tamper = lambda asked, answer: answer
 
-    async def request(self, method, url, *, headers=None, body=None, timeout=10.0):
+    async def request(self, method, url, *, headers=None, body=None, timeout=10.0):  # noqa: ASYNC109
         try:
             async with (
                 aiohttp.ClientSession() as session,
@@ -50,7 +52,7 @@ def door(worker, model):
     worker.model.behave = answer
 
     def made(**changes):
-        settings = {
+        settings: dict[str, Any] = {
             "base_url": worker.url + "/",
             "plan": "digits",
             "key": worker.keys["client"],
@@ -85,7 +87,7 @@ async def test_all_pass_on_a_worker_that_does_well(worker, http, door):
     assert [finding.check for finding in found] == [
         "auth.required", "contract.enforced", "answers.returned",
     ]  # fmt: skip
-    assert all(finding.at == 10.0 < finding.expires for finding in found)
+    assert all(finding.at == 10.0 < (finding.expires or 0) for finding in found)
     auth, contract, answers = found
     assert [call["status"] for call in auth.evidence["calls"]] == [200, 401, 401, 401, 401, 403]
     assert len(contract.evidence["calls"]) > 20
@@ -112,18 +114,17 @@ async def test_where_no_key_works_nothing_is_proven(worker, http, door):
 
 
 async def test_a_model_that_fails_at_an_edge_fails_the_contract(worker, http, door, model):
-    worker_answer = None
+    await worker.start()
+    looked_at, answers = door(), worker.model.behave
 
     async def answer(writer):
         asked = msgspec.json.decode(worker.model.received[-1].body)
         if asked["inputs"][0]["shape"][0] == 6:
             await model.responding(b"", "500 No")(writer)
         else:
-            await worker_answer(writer)
+            await answers(writer)
 
-    await worker.start()
-    looked_at = door()
-    worker_answer, worker.model.behave = worker.model.behave, answer
+    worker.model.behave = answer
     finding = await probe_contract(looked_at, http, now=0.0)
     assert finding.verdict is Verdict.FAIL
     assert finding.observed == "6 rows: 502: the model failed"
@@ -150,9 +151,7 @@ async def test_a_server_that_takes_nonsense_or_fails_on_it_fails(worker, http, d
 async def test_a_refusal_without_a_word_fails(worker, http, door):
     await worker.start()
     http.tamper = lambda asked, answer: (
-        answer
-        if answer.status == 200
-        else HttpResponse(status=answer.status, headers={}, body=b"")
+        answer if answer.status == 200 else HttpResponse(status=answer.status, headers={}, body=b"")
     )
     finding = await probe_contract(door(), http, now=0.0)
     assert "400 without a word why" in finding.observed
@@ -215,9 +214,7 @@ async def test_strings_optional_inputs_and_nested_samples_are_probed_too(worker,
         head = f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\n\r\n".encode()
         writer.write(head + body)
 
-    await worker.start(
-        worker.plan(stable=worker.arm(1, worker.model.url, contract=contract))
-    )
+    await worker.start(worker.plan(stable=worker.arm(1, worker.model.url, contract=contract)))
     looked_at = door(contract=contract, sample=sample)
     worker.model.behave = answer
     finding = await probe_contract(looked_at, http, now=0.0)

@@ -64,7 +64,9 @@ class Following:
 
     @property
     def candidate_lives(self) -> bool:
+        assert self.follower.current is not None
         plan = self.follower.current.plans["digits"]
+        assert plan.lease is not None
         return self.follower.now_for(plan) < plan.lease
 
 

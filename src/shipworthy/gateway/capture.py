@@ -6,11 +6,14 @@ A record that can't be written is counted; the client never hears of it.
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from shipworthy.domain.records import InferenceRecord, Outcome
 from shipworthy.gateway.call import Call
 from shipworthy.gateway.metrics import Metrics
-from shipworthy.ports import Clock, JournalWriter
+
+if TYPE_CHECKING:  # the ports name everything that the other rooms work with
+    from shipworthy.ports import Clock, JournalWriter
 
 _log = logging.getLogger("shipworthy.gateway")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shipworthy.gateway.http import BodyMemory
 from shipworthy.gateway.live import Fleet
@@ -13,7 +14,9 @@ from shipworthy.gateway.options import GatewayOptions
 from shipworthy.gateway.snapshot import SnapshotFollower
 from shipworthy.gateway.tickets import Pseudonyms, TicketOffice
 from shipworthy.gateway.upstream import Upstream
-from shipworthy.ports import Clock, JournalWriter
+
+if TYPE_CHECKING:  # the ports name everything that the other rooms work with
+    from shipworthy.ports import Clock, JournalWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

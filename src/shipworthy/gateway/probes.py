@@ -10,15 +10,17 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from shipworthy.domain.contract import ANY, Contract, Tensor
 from shipworthy.domain.findings import Finding, Verdict
 from shipworthy.errors import Unavailable
-from shipworthy.ports import HttpClient, HttpResponse
 from shipworthy.protocols import oip
+
+if TYPE_CHECKING:  # the ports name everything that the other rooms work with
+    from shipworthy.ports import HttpClient, HttpResponse
 
 VALID_SECONDS: Final = 24 * 3600.0
 """How long these findings may be relied on."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import uvloop
@@ -29,7 +29,9 @@ from shipworthy.gateway.options import GatewayOptions
 from shipworthy.gateway.parts import Outside, assemble
 from shipworthy.gateway.protocol import GatewayProtocol
 from shipworthy.gateway.upstream import Upstream
-from shipworthy.ports import Clock, JournalWriter
+
+if TYPE_CHECKING:  # the ports name everything that the other rooms work with
+    from shipworthy.ports import Clock, JournalWriter
 
 _log = logging.getLogger("shipworthy.gateway")
 

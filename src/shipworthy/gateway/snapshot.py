@@ -13,9 +13,12 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shipworthy.domain.plan import Plan, Snapshot, decode_snapshot
-from shipworthy.ports import Clock
+
+if TYPE_CHECKING:  # the ports name everything that the other rooms work with
+    from shipworthy.ports import Clock
 
 _log = logging.getLogger("shipworthy.gateway")
 
