@@ -262,7 +262,8 @@ class ReleaseSpec(_Common):
 class PinnedFile(Document):
     """One file: its path inside the artifact or data set, digest and size in bytes.
 
-    `path` is `.` where the artifact or data set is itself one file.
+    `path` is `.` where the artifact is itself one file. A data set of one file keeps the file's
+    name, whose ending says how to read it.
     """
 
     path: str

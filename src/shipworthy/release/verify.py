@@ -104,10 +104,7 @@ def _stored(manifest: Manifest | None) -> list[tuple[str, PinnedFile]]:
         files.append((manifest.environment.lock.path, manifest.environment.lock))
     for data in manifest.data:
         if data.role == "sample":
-            files += [
-                (data.name if file.path == "." else f"{data.name}/{file.path}", file)
-                for file in data.files
-            ]
+            files += [(f"{data.name}/{file.path}", file) for file in data.files]
     return files
 
 
