@@ -6,14 +6,11 @@ A record that can't be written is counted; the client never hears of it.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 from shipworthy.domain.records import InferenceRecord, Outcome
 from shipworthy.gateway.call import Call
 from shipworthy.gateway.metrics import Metrics
-
-if TYPE_CHECKING:  # the ports name everything that the other rooms work with
-    from shipworthy.ports import Clock, JournalWriter
+from shipworthy.gateway.needs import Clock, Journal
 
 _log = logging.getLogger("shipworthy.gateway")
 
@@ -21,7 +18,7 @@ _log = logging.getLogger("shipworthy.gateway")
 class Capture:
     """Writes a call's record, whole and in the journal, before its answer goes out."""
 
-    def __init__(self, journal: JournalWriter, metrics: Metrics, clock: Clock) -> None:
+    def __init__(self, journal: Journal, metrics: Metrics, clock: Clock) -> None:
         self._journal = journal
         self._metrics = metrics
         self._clock = clock

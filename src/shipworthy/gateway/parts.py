@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from shipworthy.gateway.http import BodyMemory
 from shipworthy.gateway.live import Fleet
 from shipworthy.gateway.metrics import Metrics
+from shipworthy.gateway.needs import Clock, Journal
 from shipworthy.gateway.options import GatewayOptions
 from shipworthy.gateway.snapshot import SnapshotFollower
 from shipworthy.gateway.tickets import Pseudonyms, TicketOffice
 from shipworthy.gateway.upstream import Upstream
-
-if TYPE_CHECKING:  # the ports name everything that the other rooms work with
-    from shipworthy.ports import Clock, JournalWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outside:
     """What a worker is given by whoever starts it; see `serve`."""
 
-    journal: JournalWriter
+    journal: Journal
     snapshot_path: Path
     signing_secret: bytes
     pseudonym_secret: bytes

@@ -10,17 +10,15 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
 from shipworthy.domain.contract import ANY, Contract, Tensor
 from shipworthy.domain.findings import Finding, Verdict
 from shipworthy.errors import Unavailable
+from shipworthy.gateway.needs import Http, HttpAnswer
 from shipworthy.protocols import oip
-
-if TYPE_CHECKING:  # the ports name everything that the other rooms work with
-    from shipworthy.ports import HttpClient, HttpResponse
 
 VALID_SECONDS: Final = 24 * 3600.0
 """How long these findings may be relied on."""
@@ -68,7 +66,7 @@ class _Seen:
     problem: str
 
 
-async def probe_auth(door: Door, http: HttpClient, *, strangers: Strangers, now: float) -> Finding:
+async def probe_auth(door: Door, http: Http, *, strangers: Strangers, now: float) -> Finding:
     """auth.required: no key, a wrong one, a revoked one and another model's are turned away.
 
     A good key has to get its answer, or being turned away would mean nothing.
@@ -96,7 +94,7 @@ async def probe_auth(door: Door, http: HttpClient, *, strangers: Strangers, now:
     return _finding("auth.required", None, _AUTH, seen, now)
 
 
-async def probe_contract(door: Door, http: HttpClient, *, now: float) -> Finding:
+async def probe_contract(door: Door, http: Http, *, now: float) -> Finding:
     """contract.enforced: right answers to what the contract allows, a clear 4xx to all else."""
     seen: list[_Seen] = []
     try:
@@ -117,11 +115,11 @@ async def probe_contract(door: Door, http: HttpClient, *, now: float) -> Finding
     return _finding("contract.enforced", None, _ENFORCED, seen, now)
 
 
-async def probe_answers(door: Door, http: HttpClient, *, now: float) -> Finding:
+async def probe_answers(door: Door, http: Http, *, now: float) -> Finding:
     """answers.returned: real requests are answered by this release through the public door."""
     seen: list[_Seen] = []
     inferences: list[str] = []
-    answer: HttpResponse | None = None
+    answer: HttpAnswer | None = None
     threshold = f"{door.release} answers all of {_ANSWERS} requests"
     try:
         for number in range(1, _ANSWERS + 1):
@@ -148,7 +146,7 @@ _ENFORCED: Final = "a right answer or a clear 4xx to each call, never a 5xx or s
 # --- asking -----------------------------------------------------------------------------------
 
 
-async def _infer(door: Door, http: HttpClient, body: bytes, key: str | None) -> HttpResponse:
+async def _infer(door: Door, http: Http, body: bytes, key: str | None) -> HttpAnswer:
     headers = {"Content-Type": "application/json"}
     if key is not None:
         headers["Authorization"] = f"Bearer {key}"
@@ -156,7 +154,7 @@ async def _infer(door: Door, http: HttpClient, body: bytes, key: str | None) -> 
     return await http.request("POST", url, headers=headers, body=body, timeout=_TIMEOUT)
 
 
-def _answer_problem(door: Door, body: bytes, answer: HttpResponse) -> str:
+def _answer_problem(door: Door, body: bytes, answer: HttpAnswer) -> str:
     """Why this is no right answer by the release that is being looked at; empty when it is."""
     if answer.status != 200:
         return f"{answer.status}: {_said(answer)}"
@@ -171,24 +169,24 @@ def _answer_problem(door: Door, body: bytes, answer: HttpResponse) -> str:
     return ""
 
 
-def _refusal_problem(answer: HttpResponse) -> str:
+def _refusal_problem(answer: HttpAnswer) -> str:
     if not 400 <= answer.status < 500:
         return f"{answer.status} instead of a 4xx"
     return "" if _said(answer) else f"{answer.status} without a word why"
 
 
-def _said(answer: HttpResponse) -> str:
+def _said(answer: HttpAnswer) -> str:
     """The error's text; empty for an answer, or when there is none."""
     content = _json(answer)
     error = content.get("error")
     return error[:300] if isinstance(error, str) else ""
 
 
-def _outputs(answer: HttpResponse) -> bool:
+def _outputs(answer: HttpAnswer) -> bool:
     return "outputs" in _json(answer)
 
 
-def _json(answer: HttpResponse) -> dict[str, Any]:
+def _json(answer: HttpAnswer) -> dict[str, Any]:
     try:
         return msgspec.json.decode(answer.body, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

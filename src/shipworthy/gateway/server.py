@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from email.utils import formatdate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import uvloop
@@ -25,13 +25,11 @@ from uvicorn.server import ServerState
 from shipworthy.errors import Unavailable
 from shipworthy.gateway.application import Application
 from shipworthy.gateway.metrics import Metrics
+from shipworthy.gateway.needs import Clock, Journal
 from shipworthy.gateway.options import GatewayOptions
 from shipworthy.gateway.parts import Outside, assemble
 from shipworthy.gateway.protocol import GatewayProtocol
 from shipworthy.gateway.upstream import Upstream
-
-if TYPE_CHECKING:  # the ports name everything that the other rooms work with
-    from shipworthy.ports import Clock, JournalWriter
 
 _log = logging.getLogger("shipworthy.gateway")
 
@@ -42,7 +40,7 @@ Ready = Callable[[str, int], None]
 def run(
     options: GatewayOptions,
     *,
-    journal: JournalWriter,
+    journal: Journal,
     snapshot_path: Path,
     signing_secret: bytes,
     pseudonym_secret: bytes,
@@ -66,7 +64,7 @@ def run(
 async def serve(  # noqa: PLR0913  # whoever wires a worker names each part
     options: GatewayOptions,
     *,
-    journal: JournalWriter,
+    journal: Journal,
     snapshot_path: Path,
     signing_secret: bytes,
     pseudonym_secret: bytes,

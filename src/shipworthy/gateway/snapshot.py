@@ -13,12 +13,9 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from shipworthy.domain.plan import Plan, Snapshot, decode_snapshot
-
-if TYPE_CHECKING:  # the ports name everything that the other rooms work with
-    from shipworthy.ports import Clock
+from shipworthy.gateway.needs import Clock
 
 _log = logging.getLogger("shipworthy.gateway")
 
