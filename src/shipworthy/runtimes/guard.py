@@ -23,7 +23,8 @@ def main(command: Sequence[str]) -> int:
         return 127
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 4_096):  # not sys.stdin: its lock would abort a later clean exit
+            pass
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -64,7 +64,7 @@ def host_command(python: Path, folder: Path, model: ModelFile, fd: int) -> list[
     """How to start a host for the model in `folder`, its end of the socket being `fd`."""
     spec = {"folder": str(folder.resolve()), "path": model.path, "format": model.format}
     spec |= {"entry": model.entry, "unsafe": model.unsafe} if model.entry or model.unsafe else {}
-    return [str(python), "-I", "-B", str(HOST_FILE), str(fd), json.dumps(spec)]
+    return [str(python), "-I", "-B", "-u", str(HOST_FILE), str(fd), json.dumps(spec)]
 
 
 def request_frame(

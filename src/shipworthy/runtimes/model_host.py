@@ -62,8 +62,6 @@ DTYPES = {
 }  # fmt: skip
 """numpy's name of each Open Inference Protocol type but BYTES."""
 
-PRECISIONS = {"FP16": "float16", "FP32": "float32", "FP64": "float64"}
-
 SKLEARN_MODULES = frozenset({
     "sklearn._loss.link", "sklearn._loss.loss", "sklearn.calibration",
     "sklearn.cluster._bisect_k_means", "sklearn.cluster._kmeans",
@@ -170,11 +168,9 @@ def datatype_of(name: str, array: Array) -> str:
         return "BYTES"
     datatype = _DATATYPES.get(array.dtype.str.lstrip("<>=|").replace("b1", "?"))
     if datatype is None:
-        message = f"{name!r} holds {array.dtype}, which the protocol has no type for"
-        raise TypeError(message)
+        raise TypeError(f"{name!r} holds {array.dtype}, which the protocol has no type for")
     if kind == "f" and not np.isfinite(array).all():
-        message = f"{name!r} holds NaN or infinity, which JSON can't carry"
-        raise ValueError(message)
+        raise ValueError(f"{name!r} holds NaN or infinity, which JSON can't carry")
     return datatype
 
 
@@ -207,6 +203,10 @@ class Engine:
         raise NotImplementedError
 
 
+def _array(values: Any) -> Array:
+    return np.asarray(values.toarray() if hasattr(values, "toarray") else values)
+
+
 class SklearnEngine(Engine):
     """An estimator with `predict`: scikit-learn's own, or any with its habits.
 
@@ -219,9 +219,9 @@ class SklearnEngine(Engine):
     def __init__(self, estimator: Any, path: str) -> None:
         super().__init__()
         if not callable(getattr(estimator, "predict", None)):
-            kind = type(estimator).__name__
             raise Problem(
-                f"{path} holds a {kind}, which has no predict(); save a fitted model or pipeline"
+                f"{path} holds a {type(estimator).__name__}, which has no predict();"
+                " save a fitted model or pipeline"
             )
         self.version = _version("scikit-learn")
         self._estimator = estimator
@@ -256,7 +256,7 @@ class SklearnEngine(Engine):
     def predict(self, inputs: Tensors, wanted: Sequence[str] | None) -> Tensors:  # noqa: D102
         table: Any = self._table(inputs)
         names = ["predict"] if wanted is None else wanted
-        return {name: _dense(getattr(self._estimator, name)(table)) for name in names}
+        return {name: _array(getattr(self._estimator, name)(table)) for name in names}
 
     def _table(self, inputs: Tensors) -> Any:
         if "input" in inputs and self.columns != ["input"]:
@@ -266,10 +266,6 @@ class SklearnEngine(Engine):
             return self._pandas.DataFrame(matrix, columns=self.columns)
         flat = {name: inputs[name].reshape(-1) for name in self.columns or inputs}
         return self._pandas.DataFrame(flat)
-
-
-def _dense(values: Any) -> Array:
-    return np.asarray(values.toarray() if hasattr(values, "toarray") else values)
 
 
 def _parts(estimator: Any) -> list[Any]:
@@ -400,10 +396,9 @@ class PythonEngine(Engine):
     def predict(self, inputs: Tensors, wanted: Sequence[str] | None) -> Tensors:  # noqa: D102
         outputs: dict[str, Any] = self._function(inputs)
         if type(outputs) is not dict or not outputs:
-            message = f"predict() returned {type(outputs)}; it must return a dict of arrays"
-            raise TypeError(message)
+            raise TypeError(f"predict() returned {type(outputs)}; it must return a dict of arrays")
         names = outputs if wanted is None else wanted
-        return {name: np.asarray(outputs[name]) for name in names}
+        return {name: _array(outputs[name]) for name in names}
 
 
 def _module_at(path: Path) -> Any:

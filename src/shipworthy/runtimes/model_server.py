@@ -143,9 +143,8 @@ class ModelServer:
                 return 200, await self._infer(await self._body(scope, receive))
             _only(scope, "GET", "HEAD")
             if what == "ready":
-                return (200 if self.ready else 503), oip.model_ready(
-                    self._manifest.model, self.ready
-                )
+                body = oip.model_ready(self._manifest.model, ready=self.ready)
+                return (200 if self.ready else 503), body
             return 200, self._metadata()
         _only(scope, "GET", "HEAD")
         if parts == ["v2"]:
@@ -353,6 +352,7 @@ def _bound(options: ServeOptions) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((options.host, options.port))
+        listener.listen(1_024)  # from now on clients are kept waiting, not refused
     except OSError as error:
         listener.close()
         raise RuntimeFailed(

@@ -318,7 +318,7 @@ class ProcessReplica:
         """The HTTP status of its readiness; None without an answer."""
         try:
             response = await self._http.request("GET", f"{url}/v2/health/ready", timeout=2.0)
-        except (Unavailable, TimeoutError):
+        except (Unavailable, OSError):  # TimeoutError is one
             return None
         return response.status
 

@@ -13,10 +13,13 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, cast, get_args
 
-from shipworthy.domain.contract import Datatype
+import msgspec
+
+from shipworthy.domain.contract import Contract, Datatype, Tensor
 from shipworthy.errors import RuntimeFailed, UsageError
+from shipworthy.protocols import oip
 from shipworthy.protocols.oip import TensorValues
 
 MOST_ROWS: Final = 1_000
@@ -104,16 +107,28 @@ def _read_json(path: Path) -> Sample:
     if isinstance(content, list):
         return _table(path, cast("list[Any]", content)[:MOST_ROWS])
     if "inputs" in content:
-        tensors = [
-            TensorValues(**{name: tensor[name] for name in ("name", "datatype", "shape", "data")})
-            for tensor in content["inputs"]
-        ]
-        return Sample(source=path.name, tensors=tuple(tensors))
+        return Sample(source=path.name, tensors=_request(path))
     content = content.get("dataframe_split", content)
     if {"columns", "data"} <= content.keys():
         rows = tuple(tuple(row) for row in content["data"][:MOST_ROWS])
         return Sample(source=path.name, columns=tuple(map(str, content["columns"])), rows=rows)
     return _table(path, [content])
+
+
+def _request(path: Path) -> tuple[TensorValues, ...]:
+    """The inputs of a whole request, checked against what they say of themselves."""
+    request = msgspec.structs.replace(oip.decode_request(path.read_bytes()), outputs=None)
+    for tensor in request.inputs:
+        if tensor.datatype not in get_args(Datatype):
+            raise UsageError(f"{path.name}: {tensor.datatype!r} is no datatype; use FP64 or BYTES")
+    declared = Contract(
+        inputs=tuple(
+            Tensor(tensor.name, cast("Datatype", tensor.datatype), tensor.shape)
+            for tensor in request.inputs
+        ),
+        outputs=(),
+    )
+    return tuple(oip.ContractChecker(declared).check_request(request))
 
 
 def _table(path: Path, rows: list[Any]) -> Sample:
