@@ -115,6 +115,18 @@ def test_a_file_of_another_shape_with_a_good_checksum_is_refused(following):
     assert following.refused == ["unreadable"]
 
 
+def test_a_snapshot_that_can_not_be_put_in_force_is_refused(following, caplog):
+    following.write()
+
+    def broken(snapshot):
+        raise ZeroDivisionError("a bug")
+
+    following.follower._changed = broken
+    assert not following.write(revision=2)
+    assert following.refused == ["unusable"]
+    assert following.follower.current.plans["digits"].revision == 1
+
+
 def test_a_file_that_vanishes_or_becomes_a_folder_changes_nothing(following, caplog):
     following.write()
     following.path.unlink()

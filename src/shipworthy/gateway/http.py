@@ -138,9 +138,13 @@ class Request:
         if announced and (not _LENGTH.fullmatch(announced) or int(announced) > limit):
             raise _too_large(limit)
         parts: list[bytes] = []
+        connection = self.scope.get("shipworthy.connection")
         try:
-            async with asyncio.timeout(seconds):
+            if connection is not None and connection.body_is_here:
                 await self._collect(parts, limit, memory)
+            else:
+                async with asyncio.timeout(seconds):
+                    await self._collect(parts, limit, memory)
         except TimeoutError:
             memory.give_back(sum(map(len, parts)))
             raise Refusal(

@@ -40,16 +40,29 @@ class LiveArm:
 
 
 class LivePlan:
-    """A plan with everything that obeying it needs."""
+    """A plan with everything that obeying it needs.
 
-    def __init__(self, plan: Plan, stable: LiveArm, candidate: LiveArm | None) -> None:
+    `breaker` guards the candidate; `fallbacks` and `retries` bound extra attempts; `turn` counts
+    attempts, so that equal endpoints take turns.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        stable: LiveArm,
+        candidate: LiveArm | None,
+        *,
+        breaker: Breaker,
+        fallbacks: Budget,
+        retries: Budget,
+    ) -> None:
         self.plan = plan
         self.stable = stable
         self.candidate = candidate
         self.same_contract = candidate is None or candidate.arm.contract == stable.arm.contract
-        self.breaker: Breaker
-        self.fallbacks: Budget
-        self.retries: Budget
+        self.breaker = breaker
+        self.fallbacks = fallbacks
+        self.retries = retries
         self.turn = 0
 
     def arm(self, name: ArmName) -> LiveArm:
@@ -84,25 +97,21 @@ class Fleet:
         self._kept = self._next
 
     def _live(self, plan: Plan) -> LivePlan:
-        stable = self._arm(plan, "stable", plan.stable)
-        candidate = plan.candidate and self._arm(plan, "candidate", plan.candidate)
-        live = LivePlan(plan, stable, candidate)
-        shield, name = plan.shield, plan.name
+        name, shield = plan.name, plan.shield
         tried = plan.candidate.digest if plan.candidate else ""
-        window, failures = shield.breaker_window, shield.breaker_failures
-        live.breaker = self._keep(
-            ("breaker", name, plan.rollout, tried, window, failures, shield.breaker_seconds),
-            lambda: Breaker(window, failures, shield.breaker_seconds),
+        broken = (shield.breaker_window, shield.breaker_failures, shield.breaker_seconds)
+        back = (shield.fallback_ratio, shield.fallback_burst)
+        again = (shield.retry_ratio, shield.retry_burst)
+        return LivePlan(
+            plan,
+            self._arm(plan, "stable", plan.stable),
+            plan.candidate and self._arm(plan, "candidate", plan.candidate),
+            breaker=self._keep(
+                ("breaker", name, plan.rollout, tried, broken), lambda: Breaker(*broken)
+            ),
+            fallbacks=self._keep(("fallbacks", name, back), lambda: Budget(*back)),
+            retries=self._keep(("retries", name, again), lambda: Budget(*again)),
         )
-        live.fallbacks = self._keep(
-            ("fallbacks", name, shield.fallback_ratio, shield.fallback_burst),
-            lambda: Budget(shield.fallback_ratio, shield.fallback_burst),
-        )
-        live.retries = self._keep(
-            ("retries", name, shield.retry_ratio, shield.retry_burst),
-            lambda: Budget(shield.retry_ratio, shield.retry_burst),
-        )
-        return live
 
     def _arm(self, plan: Plan, name: ArmName, arm: Arm) -> LiveArm:
         gate = self._keep(

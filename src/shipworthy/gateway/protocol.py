@@ -57,7 +57,6 @@ class GatewayProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._in_head = True
         self._head_bytes = 0  # received since the last message's end, body aside
-        self._headers_bytes = 0  # of complete headers of this message
         self._refusal: tuple[int, str] | None = None
         self._lingered: int | None = None
         self._outlet = _Outlet(self)
@@ -114,7 +113,6 @@ class GatewayProtocol(HttpToolsProtocol):
         """Let the application know its connection."""
         super().on_message_begin()
         self.scope["shipworthy.connection"] = self  # type: ignore[typeddict-unknown-key]
-        self._headers_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         """Take a piece of the address."""
@@ -122,18 +120,13 @@ class GatewayProtocol(HttpToolsProtocol):
         if len(self.url) > self._options.max_request_line:
             self._stop_parser(414, "the address is too long")
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, if it is within the limits."""
-        super().on_header(name, value)
-        self._headers_bytes += len(name) + len(value) + 4
-        if self._headers_bytes > self._options.max_head:
-            self._stop_parser(431, "the headers are too large; send fewer or shorter ones")
+    def on_headers_complete(self) -> None:
+        """Start the request, if its headers are within the limits."""
+        self._stop_head_timer()
         if len(self.headers) > self._options.max_headers:
             self._stop_parser(431, f"there are more than {self._options.max_headers} headers")
-
-    def on_headers_complete(self) -> None:
-        """Start the request."""
-        self._stop_head_timer()
+        if sum(len(name) + len(value) + 4 for name, value in self.headers) > self._options.max_head:
+            self._stop_parser(431, "the headers are too large; send fewer or shorter ones")
         self._in_head = False
         self._head_bytes = 0
         super().on_headers_complete()
@@ -147,6 +140,11 @@ class GatewayProtocol(HttpToolsProtocol):
     def _stop_parser(self, status: int, message: str) -> None:
         self._refusal = status, message
         raise _RefusedHead
+
+    @property
+    def body_is_here(self) -> bool:
+        """Whether the body of the request under way has arrived as a whole."""
+        return self._running is not None and not self._running.more_body
 
     # --- requests ---------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import secrets
@@ -48,6 +49,8 @@ def run(
     uniform: Callable[[], float],
 ) -> None:
     """Serve until SIGTERM or SIGINT, on a uvloop of its own; see `serve`."""
+    gc.freeze()  # what is loaded by now stays: no need to look at it again and again
+    gc.set_threshold(10_000, 20, 50)
     uvloop.run(
         serve(
             options,
@@ -101,7 +104,7 @@ async def serve(  # noqa: PLR0913  # whoever wires a worker names each part
             async with (
                 _listening(options, application, state, metrics) as address,
                 _in_background(parts.follower.follow(options.snapshot_seconds)),
-                _in_background(_keep_date(state)),
+                _in_background(_each_second(state, metrics)),
             ):
                 _announce(options, address, ready)
                 await ending.wait()
@@ -193,9 +196,10 @@ async def _drain(state: ServerState, seconds: float) -> None:
         connection.transport.close()
 
 
-async def _keep_date(state: ServerState) -> None:
-    """The Date header, renewed each second instead of for each answer."""
+async def _each_second(state: ServerState, metrics: Metrics) -> None:
+    """What need not be done for each answer: the Date header, and settling the metrics."""
     while True:
+        metrics.settle()
         state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
         await asyncio.sleep(1.0)
 

@@ -62,7 +62,11 @@ class SnapshotFollower:
         problem = _outdated(snapshot, self.current)
         if problem:
             return self._refuse("outdated", problem)
-        self._changed(snapshot)
+        try:
+            self._changed(snapshot)
+        except Exception:
+            _log.exception("putting a snapshot in force failed")
+            return self._refuse("unusable", "it can't be put in force")
         self._note_times(snapshot)
         self.current = snapshot
         return True
@@ -71,10 +75,7 @@ class SnapshotFollower:
         """Poll for ever."""
         while True:
             await asyncio.sleep(seconds)
-            try:
-                self.poll()
-            except Exception:  # noqa: BLE001  # nothing may end this loop
-                _log.exception("the snapshot could not be put in force; the one before stays")
+            self.poll()
 
     def now_for(self, plan: Plan) -> float:
         """The time by which the plan's lease is judged: infinity once it ran out by any clock."""
