@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import joblib
@@ -167,7 +168,8 @@ def test_a_pickle_that_can_not_be_read_is_refused(tmp_path, content) -> None:
 
 def test_plain_files_run_nothing(tmp_path, project) -> None:
     contents = {
-        "a.json": b'{"a": 1}', "b.txt": b"cat (and) dog.\n" * 500, "c.bin": random.Random(1).randbytes(99_999),
+        "a.json": b'{"a": 1}', "b.txt": b"cat (and) dog.\n" * 500,
+        "c.bin": random.Random(1).randbytes(99_999),
         "d.npy": npy(np.ones(4)), "e.zip": zipped(a=b"text", b=b"(lp0\n."), "f.csv": b"a,b\n1,2\n",
         "g.gz": gzip.compress(b"words"), "h": b"", "i.py": b"import os\nos.system('x')\n",
     }  # fmt: skip
@@ -215,6 +217,27 @@ def test_any_bytes_are_read_or_refused(content) -> None:
         imports_of(io.BytesIO(content), len(content))
     except Unreadable as error:
         assert str(error)  # noqa: PT017  # either ending is fine
+
+
+MARKS = [
+    b"\x78\x9c", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\x00", b"\x5d\x00\x00\x80", b"PK\x03\x04",
+    b"\x93NUMPY\x01\x00", b"\x93NUMPY\x03\x00", b"\x04\x22\x4d\x18", b"\x80\x05", b"cos\n", b"",
+]  # fmt: skip
+WHOLE = [zipped(a=attack(), b=b"x" * 50), gzip.compress(attack()), npy(np.array([None])), attack()]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    st.tuples(st.sampled_from(MARKS), st.binary(max_size=90)).map(b"".join)
+    | st.tuples(st.sampled_from(WHOLE), st.integers(0, 400), st.binary(max_size=9)).map(
+        lambda parts: parts[0][: parts[1]] + parts[2] + parts[0][parts[1] + len(parts[2]) :]
+    )
+)
+def test_damaged_files_are_passed_or_refused_but_never_break_the_scan(tmp_path, content) -> None:
+    (tmp_path / "x.bin").write_bytes(content)
+    for kind in ("file", "pickle", "skops"):
+        with suppress(UnsafeArtifact):
+            looked_at(tmp_path, "x.bin", kind, REASON)
 
 
 VALUES = st.recursive(

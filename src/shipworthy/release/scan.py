@@ -8,8 +8,10 @@ writes it down has seen it. The same holds for types in a skops file that skops 
 from __future__ import annotations
 
 import logging
+import lzma
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -27,6 +29,11 @@ from shipworthy.release.pickles import (
     looks_like_pickle,
 )
 
+_DAMAGE = (
+    Unreadable, EOFError, OSError, ValueError, NotImplementedError, RuntimeError,
+    lzma.LZMAError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What reading a damaged or misleading file raises."""
 _MOST_MEMBERS = 100_000
 _MOST_NESTED = 3
 _MOST_SHOWN = 40
@@ -165,7 +172,7 @@ def _imports(stream: IO[bytes], size: int, shown: str, nested: int = 0) -> set[I
         found = _pickled(stream, head, size, folded=nested > 0)
         stream.seek(0)
         inside = _zipped(stream, shown, nested) if zipfile.is_zipfile(stream) else None
-    except (Unreadable, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise UnsafeArtifact(
             f"{shown} may run code when loaded and can't be looked into: {error}; write it again"
         ) from error
@@ -180,7 +187,7 @@ def _pickled(stream: IO[bytes], head: bytes, size: int, *, folded: bool) -> set[
     try:
         unfolded = decompressed(stream, head)
         inner = unfolded.read(HEAD) if unfolded else b""
-    except (Unreadable, EOFError, OSError, ValueError):
+    except _DAMAGE:
         return _not_unfolded(head)
     if not unfolded or not looks_like_pickle(inner):
         return None
@@ -201,9 +208,13 @@ def _numpy(stream: IO[bytes], size: int, *, folded: bool) -> set[Import] | None:
     """An array of objects is a header and a pickle."""
     from numpy.lib import format as npy
 
-    version = npy.read_magic(stream)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    _, _, dtype = read(stream)
+    try:
+        version = npy.read_magic(stream)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        _, _, dtype = read(stream)
+    except Exception as error:  # numpy parses the header as Python, and raises what that raises
+        message = f"its array header can't be read ({type(error).__name__})"
+        raise Unreadable(message) from error
     return imports_of(stream, size, compressed=folded) if dtype.hasobject else None
 
 
