@@ -580,7 +580,8 @@ def main(arguments: Sequence[str]) -> int:
     spec: Spec = json.loads(arguments[1])
     folder = Path(spec["folder"])
     sys.path.insert(0, str(folder))
-    sys.path.insert(0, str(_beside(folder / spec["path"])))
+    model = folder / spec["path"]
+    sys.path.insert(0, str(model if model.is_dir() else model.parent))
     os.chdir(folder)
     try:
         engine = load(spec)
@@ -590,10 +591,6 @@ def main(arguments: Sequence[str]) -> int:
     send(connection, {"ok": True, "engine": engine.name, "engine_version": engine.version})
     _serve(connection, engine)
     return 0
-
-
-def _beside(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
 
 
 if __name__ == "__main__":
