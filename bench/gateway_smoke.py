@@ -25,7 +25,7 @@ from shipworthy.domain.contract import Contract, Tensor
 from shipworthy.domain.keys import hash_key, new_key
 from shipworthy.domain.plan import Arm, Endpoint, Key, Plan, Snapshot, encode_snapshot
 from shipworthy.gateway import GatewayOptions, run
-from shipworthy.ports import JournalWriter
+from shipworthy.stores.journal import JournalWriter
 
 ANSWER = (
     b'{"model_name":"digits","model_version":"1",'
@@ -48,23 +48,6 @@ CONTRACT = Contract(
     outputs=(Tensor("label", "INT64", (-1,)),),
     side_effects="none",
 )
-
-
-class FileJournal(JournalWriter):
-    """One write(2) for each record, as the real journal does."""
-
-    def __init__(self, path):
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self._encoder = msgspec.json.Encoder()
-
-    def append(self, record):
-        """Write it."""
-        os.write(self._file, self._encoder.encode(record) + b"\n")
-        return True
-
-    def close(self):
-        """Close the file."""
-        os.close(self._file)
 
 
 class Answering(asyncio.Protocol):
@@ -134,7 +117,7 @@ def upstream(pipe):
 def worker(folder):
     run(
         GatewayOptions(port=0, ready_file=folder / "ready"),
-        journal=FileJournal(folder / "journal"),
+        journal=JournalWriter(folder / "journals", worker="bench", max_bytes=1 << 30),
         snapshot_path=folder / "snapshot",
         signing_secret=bytes(32),
         pseudonym_secret=bytes(32),

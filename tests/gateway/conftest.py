@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+import uvloop
 
 from shipworthy.domain.contract import Contract, Tensor
 from shipworthy.domain.keys import hash_key, new_key
@@ -26,6 +27,13 @@ from shipworthy.domain.plan import (
 )
 from shipworthy.domain.records import FeedbackRecord, InferenceRecord, Record
 from shipworthy.gateway import GatewayOptions, serve
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_asyncio_loop_factories(config, item):
+    """The loop that workers run on: it treats closed connections in its own way."""
+    return {"uvloop": uvloop.new_event_loop}
+
 
 CONTRACT = Contract(
     inputs=(Tensor("features", "FP64", (-1, 4)),),

@@ -106,6 +106,10 @@ async def test_a_worker_drains_on_sigterm_and_leaves_no_traceback(worker, proces
     assert record.id == reply.headers["x-shipworthy-inference"]
 
 
+async def test_these_tests_run_on_the_workers_loop():
+    assert type(asyncio.get_running_loop()).__module__.startswith("uvloop")
+
+
 async def test_draining_is_bounded_and_whoever_waits_is_told(worker, model):
     worker.model.behave = model.hanging
     await worker.start(

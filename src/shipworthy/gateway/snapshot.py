@@ -64,7 +64,7 @@ class SnapshotFollower:
             return self._refuse("outdated", problem)
         try:
             self._changed(snapshot)
-        except Exception:
+        except Exception:  # noqa: BLE001  # a bad plan must not end the worker
             _log.exception("putting a snapshot in force failed")
             return self._refuse("unusable", "it can't be put in force")
         self._note_times(snapshot)
