@@ -513,7 +513,7 @@ def _summary(fine: list[GateItem]) -> str:
     plain = [item for item in fine if item.verdict is ItemStatus.PASS]
     told = [_sentence(item) for item in fine if item not in plain]
     if plain:
-        count = "one condition holds" if len(plain) == 1 else f"{len(plain)} conditions hold"
+        count = "one condition is met" if len(plain) == 1 else f"{len(plain)} conditions are met"
         told.insert(0, f"{count} ({'; '.join(f'{item.what}: {item.observed}' for item in plain)}).")
     return " ".join(told)
 

@@ -210,7 +210,13 @@ class Keeper:
         }
         self.publish(
             encode_snapshot(
-                Snapshot(written=now, plans=leased, keys=keys, max_stale=self.max_stale)
+                Snapshot(
+                    written=now,
+                    plans=leased,
+                    keys=keys,
+                    max_stale=self.max_stale,
+                    fence=self._fence,
+                )
             )
         )
         self._published, self._published_at = (plans, keys), now

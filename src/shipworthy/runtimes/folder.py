@@ -60,17 +60,14 @@ def model_of(manifest: Manifest) -> Artifact:
 def files_of(manifest: Manifest, folder: Path) -> Iterator[tuple[PinnedFile, Path]]:
     """Each artifact's files and where they lie below `folder`."""
     for artifact in manifest.artifacts:
-        root = PurePosixPath(artifact.path)
-        # A file's own entry is called as the file is; a folder's entries are paths inside it.
-        alone = len(artifact.files) == 1 and artifact.files[0].path in (root.name, str(root))
-        for file in artifact.files:
-            inside = root if alone else root / file.path
-            if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts:
+        for inside, file in artifact.placed():
+            path = PurePosixPath(inside)
+            if path.is_absolute() or ".." in path.parts:
                 raise IntegrityError(
-                    f"{manifest.model}: the file {file.path!r} would lie outside the release's"
+                    f"{manifest.model}: the file {inside!r} would lie outside the release's"
                     " folder; register the release again"
                 )
-            yield file, folder / inside
+            yield file, folder / path
 
 
 def materialise(
