@@ -22,6 +22,8 @@ from shipworthy.app.supervisor import gateway_url
 from shipworthy.errors import ShipworthyError, Unavailable
 from shipworthy.settings import Project
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
 _UP_SECONDS = 60.0
 _STOP_SECONDS = 60.0
 
@@ -59,6 +61,8 @@ class CommandLine:
                 stack.enter_context(redirect_stderr(io.StringIO()))
             code = self._run(line, by)
         text = said.getvalue().strip()
+        if code == INTERRUPTED:  # Typer's word for a Ctrl-C amid a command
+            raise KeyboardInterrupt
         if code:
             message = f"'shipworthy {line}' ended with exit code {code}: {text}"
             raise DemoFailed(message)

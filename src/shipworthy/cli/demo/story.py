@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, chdir, contextmanager
@@ -19,6 +20,7 @@ from shipworthy.app.session import Session, open_session
 from shipworthy.app.status import RolloutStatusLine, is_running, rollout_of
 from shipworthy.cli.demo import files, models
 from shipworthy.cli.demo.commands import (
+    INTERRUPTED,
     CommandLine,
     DemoFailed,
     Person,
@@ -28,7 +30,7 @@ from shipworthy.cli.demo.commands import (
 from shipworthy.cli.demo.models import MODEL, Split, Trained
 from shipworthy.cli.demo.results import Figures, decisions_of, read_journals
 from shipworthy.cli.demo.screen import Screen
-from shipworthy.cli.demo.traffic import BUSY, CALM, QUIET, Traffic
+from shipworthy.cli.demo.traffic import BUSY, CALM, QUIET, Traffic, encode_request
 from shipworthy.cli.output import out
 from shipworthy.domain.names import Stage
 from shipworthy.domain.rollout import RolloutStatus
@@ -41,7 +43,6 @@ _ACCOUNT = Person("you")
 _ROLLOUT_SECONDS = 150.0
 _FIRST_TRAFFIC_SECONDS, _LAST_TRAFFIC_SECONDS = 3.0, 4.0
 _LOOK_SECONDS = 0.25
-_INTERRUPTED = 130
 
 
 def tell(
@@ -61,7 +62,7 @@ def tell(
                 story.stay_up()
     except (KeyboardInterrupt, typer.Abort):
         screen.say("Interrupted; everything that ran is stopped.")
-        return _INTERRUPTED
+        return INTERRUPTED
     except DemoFailed as error:
         screen.say(f"The demo did not get through: {error}", "red")
         if target is not None:
@@ -245,6 +246,7 @@ class _Story:
         key = self._key_file.read_text().strip()
         self._traffic = Traffic(self._url, key, split.live, seed=models.SEED)
         self._traffic.start(f"{MODEL}@1")
+        (self._root / "request.json").write_bytes(encode_request(split.live.pixels[0].tolist()))
         self._screen.say("Users come: thousands of them, over HTTP, each with a name of its own.")
         self._watch_for(_FIRST_TRAFFIC_SECONDS)
 
@@ -293,9 +295,10 @@ class _Story:
     def stay_up(self) -> None:
         """Keep everything running, with a few users, until Ctrl-C."""
         screen = self._screen
-        screen.heading("It stays up for a look around; Ctrl-C ends it")
-        screen.say(f"Gateway: {self._url}; the app's key is in {self._key_file}")
-        screen.say(f"In another terminal, from {self._root}:")
+        screen.heading("It stays up for a look around until Ctrl-C")
+        screen.say(f"In another terminal: cd {self._root}")
+        program = shutil.which("shipworthy") or Path(sys.argv[0]).resolve()
+        screen.say(f"A few users keep coming to {self._url}. Try, for example:")
         for line in (
             "status",
             f"rollout status {MODEL}",
@@ -304,9 +307,10 @@ class _Story:
             "audit log",
             f"rollback {MODEL} -m 'just trying'",
         ):
-            screen.say(f"  shipworthy {line}")
+            screen.say(f"  {program} {line}")
         screen.say(
-            f'  curl -s {self._url}/v2/models/{MODEL} -H "Authorization: Bearer $(cat keys/app)"'
+            f"  curl -s {self._url}/v2/models/{MODEL}/infer -d @request.json"
+            ' -H "Authorization: Bearer $(cat keys/app)"'
         )
         try:
             while True:

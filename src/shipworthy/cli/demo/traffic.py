@@ -242,9 +242,10 @@ def _bodies(images: Images, rng: np.random.Generator) -> dict[str, list[bytes]]:
 
 def _encoded(pixels: Floats) -> list[bytes]:
     rows: Sequence[Sequence[float]] = pixels.tolist()
-    return [
-        json.dumps(
-            {"inputs": [{"name": "input", "datatype": "FP64", "shape": [1, 64], "data": row}]}
-        ).encode()
-        for row in rows
-    ]
+    return [encode_request(row) for row in rows]
+
+
+def encode_request(pixels: Sequence[float]) -> bytes:
+    """One image as a request of the Open Inference Protocol."""
+    tensor = {"name": "input", "datatype": "FP64", "shape": [1, 64], "data": pixels}
+    return json.dumps({"inputs": [tensor]}).encode()
