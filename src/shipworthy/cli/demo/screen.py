@@ -105,7 +105,8 @@ class Screen:
             filled = round(rollout.weight * _BAR)
             bar = Text.assemble(("  " + "█" * filled, "green"), ("░" * (_BAR - filled), "dim"), " ")
             lines.append(bar.append(_rollout_words(rollout)))
-            lines += [Text(f"  still missing: {phrase}", "dim") for phrase in rollout.missing]
+            missing = [phrase.partition(" (")[0] for phrase in rollout.missing]
+            lines += [Text(f"  still missing: {phrase}", "dim") for phrase in missing]
         lines.append(Text(f"  {self._traffic_words(traffic)}"))
         return Group(*lines)
 

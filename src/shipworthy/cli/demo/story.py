@@ -17,7 +17,7 @@ import typer
 from threadpoolctl import threadpool_limits
 
 from shipworthy.app.session import Session, open_session
-from shipworthy.app.status import RolloutStatusLine, is_running, rollout_of
+from shipworthy.app.status import LOCK, RolloutStatusLine, is_running, rollout_of
 from shipworthy.cli.demo import files, models
 from shipworthy.cli.demo.commands import (
     INTERRUPTED,
@@ -79,7 +79,8 @@ def clean_folder(folder: Path) -> Path:
             message = f"{folder} holds something that no demo made; name another with --folder"
             raise Conflict(message)
         if (root / FILE).is_file() and (root / STATE).is_dir() and is_running(open_session(root)):
-            message = f"an earlier demo still runs in {folder}; end it there with Ctrl-C first"
+            process = (root / STATE / LOCK).read_text().strip()
+            message = f"an earlier demo still runs in {folder}; end it first ('kill {process}')"
             raise Conflict(message)
         shutil.rmtree(root)
     root.mkdir(parents=True, exist_ok=True)

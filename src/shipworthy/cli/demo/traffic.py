@@ -31,9 +31,9 @@ CAMERAS: Final = 0.03
 LABELS: Final = 0.1
 """How often somebody says afterwards which digit it was."""
 
-QUIET, BUSY, CALM = 60.0, 400.0, 5.0
+QUIET, BUSY, CALM = 40.0, 400.0, 5.0
 """Requests a second at most: between rollouts, during one, and when the story is told."""
-_LEAST_RATE, _BUSY_FROM = 50.0, 250.0
+_LEAST_RATE, _BUSY_FROM = 40.0, 250.0
 _MOST_UNDER_WAY = 48
 _PATIENCE_SECONDS = 30.0
 _GOOD_MEDIAN, _BAD_MEDIAN = 0.05, 0.15
