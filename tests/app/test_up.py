@@ -118,22 +118,22 @@ def test_a_bad_candidate_is_thrown_out_and_nobody_sees_an_error(town: Town) -> N
         "import numpy\n\n"
         "def predict(inputs):\n"
         "    rows = inputs['input']\n"
-        "    if rows.shape[0] == 1 and rows.sum() > 300:\n"
+        "    if rows.max() > 16:  # other clients send other scales\n"
         "        raise RuntimeError('scale')\n"
         "    return {'predict': numpy.zeros(rows.shape[0], dtype='int64')}\n"
     )
     town.sw("release", "create", "-f", str(folder / "release.yaml"))
     town.sw("promote", "digits@2", "--to", "staging")
     town.sw("approve", "digits@2", key="bob")
-    promoted = town.sw("promote", "digits@2", "--to", "production", ok=False)
-    assert "contract.enforced" in promoted
+    town.sw("promote", "digits@2", "--to", "production")
     unit = 0
 
     def rolled_back() -> bool:
         nonlocal unit
         for row in range(40):
             unit += 1
-            assert town.infer(unit=f"user-{unit}", row=row).status == 200
+            scale = 16 if row % 2 else 1
+            assert town.infer(unit=f"user-{unit}", row=row, scale=scale).status == 200
         return "rolled back" in town.sw("rollout", "status", "digits")
 
     wait_for(rolled_back, 120)
@@ -183,7 +183,7 @@ def test_wrong_input_is_one_sentence_with_its_cure(
     (shared.root / "garbage.skops").write_bytes(b"\x00" * 100)
     done = shared.run(*arguments)
     assert says in done.stderr
-    assert done.returncode == code if code is not None else done.returncode in {1, 2, 3}
+    assert done.code == code if code is not None else done.code in {1, 2, 3}
 
 
 def test_a_port_in_use_is_said_before_anything_starts(town: Town) -> None:
@@ -196,13 +196,13 @@ def test_a_port_in_use_is_said_before_anything_starts(town: Town) -> None:
         settings = town.root / "shipworthy.yaml"
         settings.write_text(settings.read_text().replace("port: 0", f"port: {port}"))
         done = town.run("up")
-    assert done.returncode == 3
+    assert done.code == 3
     assert f"can't listen on 127.0.0.1:{port}" in done.stderr
 
 
 def test_a_second_up_says_who_runs_here(shared: Town) -> None:
     done = shared.run("up")
-    assert done.returncode == 2
+    assert done.code == 2
     assert "runs here already" in done.stderr
 
 
@@ -216,9 +216,9 @@ def test_a_release_with_altered_bytes_does_not_start(town: Town) -> None:
             content[500] ^= 1
             blob.write_bytes(content)
     verified = town.run("release", "verify", "digits@1")
-    assert verified.returncode == 1
+    assert verified.code == 1
     refused = town.run("promote", "digits@1", "--to", "staging")
-    assert refused.returncode == 1
+    assert refused.code == 1
     assert "assets.stored fails" in refused.stdout
 
 
@@ -226,7 +226,7 @@ def test_a_model_that_does_not_load_is_refused_at_registration(town: Town) -> No
     file = town.write_release("first")
     (file.parent / "model.skops").write_bytes(Path(__file__).read_bytes())
     done = town.run("release", "create", "-f", str(file))
-    assert done.returncode in {1, 2, 3}
+    assert done.code in {1, 2, 3}
     assert "model.skops" in done.stderr
 
 

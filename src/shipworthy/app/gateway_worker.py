@@ -7,15 +7,18 @@ keeper and ledger are gone.
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from shipworthy.app.processes import log_to_stderr
+from shipworthy.app.processes import follow_parent, log_to_stderr
 from shipworthy.errors import ShipworthyError
 from shipworthy.gateway.options import GatewayOptions
 from shipworthy.gateway.server import run
@@ -38,6 +41,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
 def main(state: Path, options: WorkerOptions) -> int:
     """Serve until told to stop, or until the process that started this one is gone."""
     log_to_stderr()
+    follow_parent(partial(os.kill, os.getpid(), signal.SIGTERM))  # end in order: drain first
     try:
         journal = JournalWriter(
             state / "journals", worker=options.worker, max_bytes=options.journal_bytes
