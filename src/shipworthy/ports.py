@@ -88,6 +88,11 @@ class StoredKey(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float
     revoked_at: float | None = None
 
+    def in_force(self, now: float) -> bool:
+        """Whether it opens anything still."""
+        expires = self.key.expires
+        return self.revoked_at is None and (expires is None or now < expires)
+
 
 class Keys(Protocol):
     """Gateway keys."""

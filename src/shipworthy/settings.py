@@ -45,6 +45,11 @@ class JournalSettings(Document):
     max_bytes: Annotated[int, Field(ge=MEBIBYTE)] = 1024 * MEBIBYTE
     keep_bytes: Annotated[int, Field(ge=0)] = 256 * MEBIBYTE
 
+    @property
+    def kept(self) -> int:
+        """`keep_bytes`, but never so much that what was read leaves no room for what comes."""
+        return min(self.keep_bytes, self.max_bytes // 2)
+
 
 class KeySettings(Document):
     """How long the gateway honours keys that no keeper confirms; absent: as long as it takes."""

@@ -295,3 +295,59 @@ def test_releases_are_found_by_the_stage_that_they_hold(world: World) -> None:
         found = tx.releases.find(ReleaseReference(MODEL, stage=Stage.PRODUCTION))
     assert found is not None
     assert found.name == "digits@1"
+
+
+def test_a_clock_that_is_set_back_lets_no_lease_run_out(world: World) -> None:
+    begin_second(world)
+    world.now -= 3600
+    written = world.published
+    world.tick()
+    assert world.published == written + 1
+    lease = world.plan().lease
+    assert lease is not None
+    assert world.now < lease < world.now + 60
+    world.tick()
+    assert world.published == written + 1, "and only once"
+
+
+def test_a_snapshot_that_can_not_be_written_is_tried_again_without_a_new_term(
+    world: World,
+) -> None:
+    from shipworthy.errors import Unavailable
+
+    begin_second(world)
+    publish = world.keeper.publish
+
+    def refuse(content: bytes) -> None:
+        raise Unavailable("the disk is full")
+
+    def terms() -> int:
+        with world.ledger.read() as tx:
+            return tx.cursors.term()
+
+    before = terms()
+    world.keeper.publish = refuse
+    world.traffic(20)
+    exposed = world.rollout().exposed_requests
+    world.now += 60
+    for _ in range(3):
+        with pytest.raises(Unavailable):
+            world.tick()
+    world.keeper.publish = publish
+    written = world.published
+    world.tick()
+    assert world.published == written + 1
+    assert terms() == before
+    assert world.rollout().exposed_requests >= exposed
+
+
+def test_what_was_read_makes_room_for_what_comes(world: World) -> None:
+    """Journals are never so full of what was read that nothing more can be written."""
+    world.writer.close()
+    world.writer = JournalWriter(world.root / "journals", "worker-1", 40_000)
+    world.apply()
+    world.to_production(world.register(1))
+    for _ in range(30):
+        world.traffic(20)  # asserts that each record is written
+        world.tick()
+    assert not world.writer.dropped

@@ -29,7 +29,7 @@ from shipworthy.domain.names import ReleaseReference, Stage, plan_name
 from shipworthy.domain.policy import Policy
 from shipworthy.errors import NotFound, NotMeasured, Refused, RuntimeFailed, ShipworthyError
 from shipworthy.gateway import probes as gateway_probes
-from shipworthy.ports import HttpClient
+from shipworthy.ports import HttpClient, HttpResponse
 from shipworthy.release import probes as release_probes
 from shipworthy.release.catalogue import built_in
 from shipworthy.release.probes import Started
@@ -42,7 +42,7 @@ from shipworthy.runtimes.inspection import inspect_endpoint
 Tell = Callable[[str], None]
 START_SECONDS = 300.0
 _PROBE_KEY_SECONDS = 300.0
-_KEY_PATIENCE = 30  # tenths of a second for a key's change to reach the gateway
+_PATIENCE = 30  # tenths of a second for a change to reach the gateway
 _SAMPLE_ROWS = 4
 
 
@@ -196,7 +196,7 @@ async def _door(look: Look) -> gateway_probes.Door:
     if sample is None:
         message = "no sample is recorded to call it with; add data with 'role: sample'"
         raise NotMeasured(message)
-    return gateway_probes.Door(
+    door = gateway_probes.Door(
         base_url=gateway_url(look.session.project),
         plan=look.plan,
         key=await asyncio.to_thread(admin_key, look.session),
@@ -205,6 +205,11 @@ async def _door(look: Look) -> gateway_probes.Door:
         contract=look.manifest.contract,
         sample=sample,
     )
+    # A plan that was just published may not have reached the worker yet.
+    await _until(
+        look, door, door.key, lambda seen: seen.headers.get("x-shipworthy-digest") == door.digest
+    )
+    return door
 
 
 async def _auth(look: Look) -> Finding:
@@ -221,10 +226,10 @@ async def _auth(look: Look) -> Finding:
     ids = [key_id(text) or "" for text in (revoked, foreign)]
     by = await asyncio.to_thread(look.session.actor)
     try:
-        await _until(look, door, revoked, 200)
-        await _until(look, door, foreign, 403)
+        await _until(look, door, revoked, lambda seen: seen.status == 200)
+        await _until(look, door, foreign, lambda seen: seen.status == 403)
         revoke_key(look.session, ids[0], by=by.id)
-        await _until(look, door, revoked, 401)
+        await _until(look, door, revoked, lambda seen: seen.status == 401)
         wrong = new_key(secrets.token_hex(6), secrets.token_bytes(32))
         strangers = gateway_probes.Strangers(wrong=wrong, revoked=revoked, foreign=foreign)
         return await gateway_probes.probe_auth(door, look.http, strangers=strangers, now=look.now)
@@ -234,16 +239,18 @@ async def _auth(look: Look) -> Finding:
                 revoke_key(look.session, id, by=by.id)
 
 
-async def _until(look: Look, door: gateway_probes.Door, key: str, status: int) -> None:
-    """Wait for the gateway to have heard of a key's change; the probe itself judges."""
-    for _ in range(_KEY_PATIENCE):
+async def _until(
+    look: Look, door: gateway_probes.Door, key: str, heard: Callable[[HttpResponse], bool]
+) -> None:
+    """Wait for the gateway to have heard of a change, if it does; the probe itself judges."""
+    for _ in range(_PATIENCE):
         answer = await look.http.request(
             "POST",
             f"{door.base_url}/v2/models/{door.plan}/infer",
             headers={"Authorization": f"Bearer {key}"},
             body=door.sample,
         )
-        if answer.status == status:
+        if heard(answer):
             return
         await asyncio.sleep(0.1)
 

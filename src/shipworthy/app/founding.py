@@ -35,7 +35,7 @@ def make_project(root: Path, *, preset: str, solo: bool) -> Session:
         message = f"no preset {preset!r}; presets are {', '.join(PRESETS)}"
         raise UsageError(message)
     if (root / FILE).exists():
-        message = f"{root} is a Shipworthy project already; edit its {FILE}"
+        message = f"{root.resolve()} is a Shipworthy project already; edit its {FILE}"
         raise Conflict(message)
     root.mkdir(parents=True, exist_ok=True)
     (root / FILE).write_text(_SETTINGS.format(preset=preset), encoding="utf-8")

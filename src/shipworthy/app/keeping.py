@@ -30,7 +30,7 @@ def make_keeper(session: Session) -> Keeper:
     project = session.project
     return Keeper(
         ledger=session.ledger,
-        journal=JournalReader(project.journals, project.settings.journal.keep_bytes),
+        journal=JournalReader(project.journals, project.settings.journal.kept),
         gather=gather,
         publish=partial(replace_file, project.snapshot),
         clock=session.clock,

@@ -65,11 +65,14 @@ class Child:
         wait, loop = _FIRST_WAIT, asyncio.get_running_loop()
         while not self._stopping:
             started = loop.time()
-            code = await self._live()
+            try:
+                problem = f"ended ({_ending(await self._live())}); see {self.log_file}"
+            except OSError as error:  # no process, descriptor or memory left: that may pass
+                problem = f"can't be started ({error.strerror})"
             if self._stopping:
                 return
             self.restarts += 1
-            self.problem = f"{self.name} ended ({_ending(code)}); see {self.log_file}"
+            self.problem = f"{self.name} {problem}"
             wait = _FIRST_WAIT if loop.time() - started > _LONG_LIFE else wait
             log.warning("%s; it is started again in %.1f s", self.problem, wait)
             await asyncio.sleep(wait)

@@ -50,10 +50,9 @@ class Session:
                 key = stored.key
                 if key.id != key_id(text) or not hmac.compare_digest(key.hash, hash_key(text)):
                     continue
-                if stored.revoked_at is None and (key.expires is None or now < key.expires):
-                    holder = tx.principals.get(stored.principal)
-                    if holder is not None:
-                        return holder
+                holder = tx.principals.get(stored.principal)
+                if holder is not None and stored.in_force(now):
+                    return holder
         message = f"the key in {KEY_VARIABLE} is not valid here; ask for a new one or unset it"
         raise NotAllowed(message)
 

@@ -15,6 +15,7 @@ from shipworthy.ports import Transaction
 
 _TRAFFIC_MINUTES = 15
 LOCK = "up.lock"
+NOT_RUNNING = "not running"
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +82,8 @@ def status_of(session: Session, model: str | None = None) -> Status:
         ]
     running = is_running(session)
     snapshot = session.project.snapshot
+    if not running:
+        models = [_stopped(status) for status in models]
     needs = [need for status in models for need in _needs(status)] + waiting
     if not running:
         needs.insert(0, "nothing is running here; start it with 'shipworthy up'")
@@ -90,6 +93,12 @@ def status_of(session: Session, model: str | None = None) -> Status:
         needs_a_person=needs,
         models=models,
     )
+
+
+def _stopped(status: ModelStatus) -> ModelStatus:
+    """What was last reported of deployments is not so any more when nothing runs."""
+    serving = [msgspec.structs.replace(line, state=NOT_RUNNING) for line in status.serving]
+    return msgspec.structs.replace(status, serving=serving)
 
 
 def is_running(session: Session) -> bool:
@@ -169,7 +178,7 @@ def _rollout(state: RolloutState, now: float) -> RolloutStatusLine:
         candidate=state.candidate_name,
         stable=state.stable_name,
         status=state.status.value,
-        weight=state.weight / BUCKETS,
+        weight=1.0 if state.status is RolloutStatus.COMPLETED else state.weight / BUCKETS,
         step=state.step + 1,
         steps=len(state.rules.steps),
         exposed_requests=state.exposed_requests,

@@ -33,6 +33,7 @@ from shipworthy.runtimes.endpoint import read_credential
 from shipworthy.runtimes.inspection import inspect_endpoint
 
 START_SECONDS = 900.0
+LEAST_REASON = 8
 _FORMATS: dict[str, ArtifactFormat] = {
     ".skops": "skops", ".joblib": "joblib", ".pkl": "pickle", ".pickle": "pickle",
     ".onnx": "onnx", ".py": "python",
@@ -57,6 +58,7 @@ class Tried:
 
     release: Release
     sample_request: str
+    release_file: Path
     written: tuple[Path, ...]
     notes: tuple[str, ...] = field(default=())
 
@@ -101,13 +103,17 @@ def _try_file(session: Session, wanted: Wanted) -> Tried:
     written = [_write(release_file, spec)]
     written += _ensure_policy(session, folder, spec.model)
     request = _one_row(seen.sample_request, seen.contract)
-    return Tried(made.release, request, tuple(written), (*seen.notes, made.sentence))
+    notes = (*(f"Note: {note}." for note in seen.notes), made.sentence)
+    return Tried(made.release, request, release_file, tuple(written), notes)
 
 
 def _spec_of(file: Path, wanted: Wanted) -> ReleaseSpec:
     kind = _FORMATS.get(file.suffix.lower())
     if kind is None:
         message = f"{file.name} has no ending that tells its format; one of {', '.join(_FORMATS)}"
+        raise UsageError(message)
+    if wanted.unsafe is not None and len(wanted.unsafe) < LEAST_REASON:
+        message = f"--unsafe takes a reason of at least {LEAST_REASON} characters"
         raise UsageError(message)
     if kind in {"joblib", "pickle"} and not wanted.unsafe:
         message = (
@@ -220,7 +226,8 @@ async def _try_endpoint(session: Session, wanted: Wanted) -> Tried:
         f"{seen.base_url} serves {seen.model} ({seen.platform or seen.server}).",
         made.sentence,
     )
-    return Tried(made.release, _one_row(None, seen.contract), tuple(written), notes)
+    request = _one_row(None, seen.contract)
+    return Tried(made.release, request, release_file, tuple(written), notes)
 
 
 # --- serving it -------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -66,11 +65,16 @@ def create(
 
 
 @keys.command("list")
-def list_keys(*, json: Json = False) -> None:
-    """List keys, newest last; never their secrets."""
+def list_keys(
+    *,
+    every: Annotated[bool, typer.Option("--all", help="Those revoked or expired too.")] = False,
+    json: Json = False,
+) -> None:
+    """List the keys in force, newest last; never their secrets."""
     session = open_session()
+    now = session.clock()
     with session.ledger.read() as tx:
-        stored = tx.keys.list()
+        stored = [s for s in tx.keys.list() if every or s.in_force(now)]
         names = {s.principal: p.name for s in stored if (p := tx.principals.get(s.principal))}
     if json:
         say_json(
@@ -88,7 +92,6 @@ def list_keys(*, json: Json = False) -> None:
             ]
         )
         return
-    now = time.time()
     say_table(
         ("id", "holder", "role", "models", "created", "state"),
         (

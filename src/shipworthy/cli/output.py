@@ -12,7 +12,14 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+)
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 
@@ -86,11 +93,16 @@ def short(digest: str) -> str:
     return digest[:19]
 
 
+def _progress(*columns: ProgressColumn) -> Progress:
+    """On a terminal alone: a log needs no spinner, and would keep its blank lines."""
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
 @contextmanager
 def byte_progress(what: str, total: int) -> Generator[Callable[[int], None]]:
     """A bar for reading and writing `total` bytes; gives a function that takes those just done."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Remaining())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with _progress(*columns) as progress:
         task = progress.add_task(escape(what), total=total)
         yield lambda done: progress.advance(task, done)
 
@@ -99,6 +111,6 @@ def byte_progress(what: str, total: int) -> Generator[Callable[[int], None]]:
 def waiting(what: str) -> Generator[Callable[[str], None]]:
     """A spinner for work of unknown length; gives a function that changes the text."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=err, transient=True) as progress:
+    with _progress(*columns) as progress:
         task = progress.add_task(escape(what), total=None)
         yield lambda text: progress.update(task, description=escape(text))

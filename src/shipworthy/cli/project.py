@@ -90,8 +90,10 @@ def _show_tried(tried: trying.Tried, url: str, key_file: Path, missing: list[str
     say("Still missing for production:")
     for line in missing:
         say(f"  - {line}")
-    say(f"\nWritten: {', '.join(str(file) for file in tried.written)}. Next:")
-    say(f"  shipworthy promote {tried.release.name} --to staging")
+    files = ", ".join(str(file) for file in tried.written)
+    say(f"\nWritten: {files}. Next: see to these points there, then")
+    say(f"  shipworthy release create -f {tried.release_file}")
+    say(f"  shipworthy promote {tried.release.model}@VERSION --to staging")
 
 
 def up(

@@ -15,14 +15,15 @@ from rich.markup import escape
 from shipworthy.app import checks
 from shipworthy.app.asking import ask, await_answer
 from shipworthy.app.session import Session, open_session
-from shipworthy.app.status import RolloutStatusLine, rollout_of
+from shipworthy.app.status import RolloutStatusLine, is_running, rollout_of
 from shipworthy.cli.output import ago, out, say, say_json, say_table, styled, waiting
 from shipworthy.domain.checklist import ItemStatus
 from shipworthy.domain.lifecycle import Approval, Intent, IntentKind, IntentStatus, Release
 from shipworthy.domain.names import Stage, check_model_name
-from shipworthy.errors import NotFound, NotMeasured, Refused, UsageError
+from shipworthy.errors import NotAllowed, NotFound, NotMeasured, Refused, Unavailable, UsageError
 from shipworthy.release.page import to_html
 from shipworthy.release.report import Report, ReportLine, to_json, to_markdown
+from shipworthy.rollout.intents import GATE_DECISIONS
 
 START_SECONDS = 900.0
 """How long a promotion may wait for the release to start, its interpreter being built included."""
@@ -66,24 +67,28 @@ def check(
 ) -> None:
     """Observe every check that can be observed now, and show the release's checklist.
 
-    Exit code 0: all pass; 1: one fails; 3: one is inconclusive or could not be measured.
+    Exit code 0: all pass; 1: one fails; 3: one is inconclusive or could not be measured, as
+    traffic.moved is until whole minutes have passed since the move.
 
     Example: shipworthy check digits@3 --format html --output digits-3.html
     """
+    kind = "json" if json else form
+    if kind not in _FORMS and kind != "table":
+        message = f"no format {kind!r}; formats are table, {', '.join(_FORMS)}"
+        raise UsageError(message)
     session = open_session()
     found = session.release(release)
     chosen = _stage(stage) if stage else None
     with waiting(f"checking {found.name}") as tell:
         asyncio.run(checks.run_checks(session, found, stage=chosen, only=only or (), tell=tell))
     report = checks.report_of(session, found)
-    kind = "json" if json else form
     if kind == "table":
         _print_lines(checks.observed_lines(report, only or ()))
     elif output is not None:
-        output.write_text(_rendered(report, kind), encoding="utf-8")
+        output.write_text(_FORMS[kind](report), encoding="utf-8")
         say(f"Written to {output}.")
     else:
-        typer.echo(_rendered(report, kind))
+        typer.echo(_FORMS[kind](report))
     statuses = {line.status for line in checks.observed_lines(report, only or ())}
     if ItemStatus.FAIL in statuses:
         raise typer.Exit(Refused.exit_code)
@@ -91,16 +96,11 @@ def check(
         raise typer.Exit(NotMeasured.exit_code)
 
 
-def _rendered(report: Report, kind: str) -> str:
-    forms: dict[str, Callable[[Report], str]] = {
-        "md": to_markdown,
-        "html": to_html,
-        "json": lambda page: to_json(page).decode(),
-    }
-    if kind not in forms:
-        message = f"no format {kind!r}; formats are table, {', '.join(forms)}"
-        raise UsageError(message)
-    return forms[kind](report)
+_FORMS: dict[str, Callable[[Report], str]] = {
+    "md": to_markdown,
+    "html": to_html,
+    "json": lambda report: to_json(report).decode(),
+}
 
 
 def _print_lines(lines: list[ReportLine]) -> None:
@@ -162,6 +162,9 @@ def _ask_and_wait(
     stage: Stage | None,
     reason: str,
 ) -> Intent:
+    if not is_running(session):
+        message = f"nothing runs here that could {kind}; start it with 'shipworthy up'"
+        raise Unavailable(message)
     intent = ask(
         session, kind, model, actor=session.actor(), release=release, stage=stage, reason=reason
     )
@@ -216,6 +219,9 @@ def approve(
     """
     session = open_session()
     found, chosen, actor = session.release(release), _stage(stage), session.actor()
+    if actor.kind != "person":
+        message = f"{actor.name} is a service, and only people approve; use a person's key"
+        raise NotAllowed(message)
     now = session.clock()
     with session.ledger.write() as tx:
         tx.evidence.add_approval(
@@ -279,6 +285,7 @@ def status(
     model: ModelName,
     decisions: Annotated[int, typer.Option(min=0, help="How many of its decisions to show.")] = 5,
     *,
+    gates: Annotated[bool, typer.Option("--gates", help="Also what gates decided.")] = False,
     json: Json = False,
 ) -> None:
     """Show the rollout that runs, or the newest one, with its evidence and decisions.
@@ -290,7 +297,7 @@ def status(
     with session.ledger.read() as tx:
         known = tx.releases.list(model)
         told = tx.decisions.list(model, limit=_LOOK_BACK)
-    told = [one for one in told if line is not None and one.rollout == line.id][:decisions]
+    told = [one for one in told if gates or one.kind not in GATE_DECISIONS][:decisions]
     if not known:
         message = f"no model {model}; 'shipworthy release list' shows what there is"
         raise NotFound(message)

@@ -26,6 +26,9 @@ from shipworthy.errors import ShipworthyError
 from shipworthy.ports import Transaction
 from shipworthy.rollout.turn import Turn
 
+GATE_DECISIONS = ("gate passed", "gate refused")
+"""The kinds of decisions that gates make."""
+
 DRAIN_SECONDS = 5.0
 """How long a deployment that left the plan is kept up, so that every worker has seen the plan."""
 
@@ -102,7 +105,7 @@ def _enter_gate(turn: Turn, intent: Intent, release: Release, stage: Stage) -> N
         judged = judge_entry(turn.tx, release, stage, turn.checklist, turn.now)
         passed = isinstance(judged, GateJudgement) and judged.passed
         text = judged if isinstance(judged, str) else judged.paragraph
-        kind = "gate passed" if passed else "gate refused"
+        kind = GATE_DECISIONS[0] if passed else GATE_DECISIONS[1]
         turn.decide(release.model, kind, text, actor=intent.actor)
         if not passed:
             turn.answer(intent, IntentStatus.REFUSED, text)
@@ -111,7 +114,10 @@ def _enter_gate(turn: Turn, intent: Intent, release: Release, stage: Stage) -> N
     holder = turn.holder(release.model, stage)
     if stage is Stage.PRODUCTION and holder is not None:
         _begin_rollout(turn, release, holder)
-        turn.answer(intent, IntentStatus.DONE, text)
+        follow = (
+            f"Its rollout begins; 'shipworthy rollout status {release.model}' tells how it goes."
+        )
+        turn.answer(intent, IntentStatus.DONE, f"{text} {follow}")
     else:
         turn.answer(intent, IntentStatus.WAITING, text)
         _await_deployment(turn, intent, release, stage, deployment)

@@ -82,18 +82,22 @@ class Keeper:
         """Take one turn; returns how many records were taken in.
 
         Raises LedgerUnavailable when the ledger can't be reached: nothing is lost then, the same
-        records are read again by the next tick.
+        records are read again by the next tick. Raises Unavailable when the snapshot can't be
+        written: the next tick tries again.
         """
+        now = self.clock()
         try:
-            return self._turn()
+            plans, keys, count = self._turn(now)
         except BaseException:
             # What memory holds may be ahead of what was committed: start again from the ledger.
             self._cursors = None
             self._units.clear()
             raise
+        self._publish(plans, keys, now)
+        return count
 
-    def _turn(self) -> int:
-        now = self.clock()
+    def _turn(self, now: float) -> tuple[dict[str, Plan], dict[str, Key], int]:
+        """Take in records, decide and commit; gives what is to be published, and how many."""
         if self._cursors is None:
             self._begin_term(now)
         records, cursors = self.journal.read(self._cursors or {}, BATCH)
@@ -113,12 +117,16 @@ class Keeper:
             }
             if cursors != self._cursors:
                 tx.cursors.save(cursors)
+        begun = cursors.keys() != (self._cursors or {}).keys()
         self._cursors = cursors
-        self._publish(plans, keys, now)
-        if now >= self._discarded_at + DISCARD_SECONDS:
+        self._tidy_journals(cursors, now, begun=begun)
+        return plans, keys, len(records)
+
+    def _tidy_journals(self, cursors: Mapping[str, int], now: float, *, begun: bool) -> None:
+        """Delete what is read now and then, and when a segment was begun: its worker needs room."""
+        if begun or not self._discarded_at <= now < self._discarded_at + DISCARD_SECONDS:
             self.journal.discard(cursors)
             self._discarded_at = now
-        return len(records)
 
     def _begin_term(self, now: float) -> None:
         with self.ledger.write() as tx:
@@ -200,7 +208,8 @@ class Keeper:
     def _publish(self, plans: dict[str, Plan], keys: dict[str, Key], now: float) -> None:
         """Write the snapshot when it changed, and often enough that no lease runs out."""
         due = self._published_at + self._shortest_lease(plans) / _LEASE_RENEWALS
-        if (plans, keys) == self._published and now < due:
+        early = self._published_at <= now < due  # a clock that was set back renews at once
+        if (plans, keys) == self._published and early:
             return
         leased = {
             name: plan

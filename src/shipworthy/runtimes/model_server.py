@@ -73,7 +73,7 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 0
     workers: int = 1
-    queue: int = 64
+    queue: int = 512
     timeout: float = 30.0
     load_timeout: float = 300.0
     max_body: int = 16 * 1024 * 1024

@@ -45,6 +45,7 @@ SEGMENT_BYTES = 16 * 1024 * 1024
 _WINDOW = 1024 * 1024
 _RESCAN = 0.25  # seconds between looks for space when the journals are full
 _SCANS = 16  # looks for space while a segment fills
+_LEAST_SEGMENTS = 8  # that the journals may take together
 _MAX_SEGMENTS = 1_000  # kept when all is read, whatever space they take
 
 _MAGIC = b"SWJOURNL"
@@ -70,7 +71,8 @@ class JournalWriter:
         worker: This worker's name: letters, digits, `-` and `_`.
         max_bytes: Most that all segments in the folder may take together; with several workers it
             is exceeded by at most a sixteenth of a segment, or one record, for each.
-        segment_bytes: Size at which a new segment is begun.
+        segment_bytes: Size at which a new segment is begun; less when `max_bytes` is small, since
+            only what is closed can be deleted.
 
     """
 
@@ -84,7 +86,7 @@ class JournalWriter:
         self._folder = folder
         self._worker = worker
         self._max_bytes = max_bytes
-        self._segment_bytes = segment_bytes
+        self._segment_bytes = min(segment_bytes, max_bytes // _LEAST_SEGMENTS)
         self._encoder = msgspec.msgpack.Encoder()
         self._buffer = bytearray()
         self._created = 0
