@@ -241,3 +241,23 @@ def test_requests_are_refused_clearly(shared: Town) -> None:
         assert answer.status == 400
         assert says in answer.body
     assert shared.call("/v2/models/unknown/infer", request_body()).status in {403, 404}
+
+
+def test_a_lost_ledger_is_not_replaced_by_an_empty_one(town: Town) -> None:
+    (town.root / ".shipworthy" / "snapshot").write_bytes(b"what the gateway obeys")
+    (town.root / ".shipworthy" / "ledger.db").unlink()
+    done = town.run("up")
+    assert done.code == 3
+    assert "is gone" in done.stderr
+
+
+def test_a_service_does_not_approve(shared: Town) -> None:
+    done = shared.run("approve", "digits@1", key="shop")
+    assert done.code == 1
+    assert "only people approve" in done.stderr
+
+
+def test_nobody_is_asked_when_nothing_runs(town: Town) -> None:
+    done = town.run("rollback", "digits")
+    assert done.code == 3
+    assert "nothing runs here" in done.stderr

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,11 +164,14 @@ class FakeJournal:
         self.records: list[Record] = []
         self.full = False
         self.broken = False
+        self.dropped: Counter[str] = Counter()
 
     def append(self, record: Record) -> bool:
         if self.broken:
             raise OSError("disk on fire")
-        if not self.full:
+        if self.full:
+            self.dropped["full"] += 1
+        else:
             self.records.append(record)
         return not self.full
 

@@ -388,13 +388,14 @@ async def worker_two_rows(writer):
 # --- capture ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trouble", ["full", "broken"])
-async def test_capture_never_hurts_serving(worker, trouble):
+@pytest.mark.parametrize(("trouble", "why"), [("full", "full"), ("broken", "fault")])
+async def test_capture_never_hurts_serving(worker, trouble, why):
     await worker.start()
     setattr(worker.journal, trouble, True)
     for _ in range(2):
         assert (await worker.infer()).status == 200
-    assert await worker.metric("shipworthy_gateway_records_dropped_total") == 2
+    line = f'shipworthy_gateway_records_dropped_total{{why="{why}"}}'
+    assert await worker.metric(line) == 2
 
 
 async def test_metrics_hold_plans_and_releases_but_no_units(worker):

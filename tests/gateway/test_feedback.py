@@ -103,17 +103,27 @@ async def test_every_kind_of_feedback_is_taken(asked, kind, value):
     assert asked.journal.feedback[-1].value == value
 
 
+@pytest.mark.parametrize("value", ["[" * 900 + "]" * 900, '{"a": 99999999999999999999999}'])
+async def test_what_a_journal_can_not_hold_is_the_clients_to_correct(asked, value):
+    said_so = msgspec.json.encode(said(asked, kind="correction", value="HERE"))
+    body = said_so.replace(b'"HERE"', value.encode())
+    reply = await asked.ask("POST", "/v1/feedback", body=body)
+    assert reply.status == 400
+    assert not asked.journal.feedback
+
+
 async def test_feedback_is_bounded(asked):
     huge = said(asked, kind="correction", value="x" * 100_000)
     assert (await asked.ask("POST", "/v1/feedback", body=huge)).status == 413
 
 
-@pytest.mark.parametrize("trouble", ["full", "broken"])
-async def test_feedback_that_can_not_be_kept_is_not_taken(asked, trouble):
+@pytest.mark.parametrize(("trouble", "why"), [("full", "full"), ("broken", "fault")])
+async def test_feedback_that_can_not_be_kept_is_not_taken(asked, trouble, why):
     setattr(asked.journal, trouble, True)
     reply = await asked.ask("POST", "/v1/feedback", body=said(asked))
     assert (reply.status, reply.headers["retry-after"]) == (503, "1")
-    assert await asked.metric("shipworthy_gateway_records_dropped_total") == 1
+    line = f'shipworthy_gateway_records_dropped_total{{why="{why}"}}'
+    assert await asked.metric(line) == 1
 
 
 # --- ids --------------------------------------------------------------------------------------

@@ -106,6 +106,22 @@ def test_a_damaged_file_is_refused_once_and_the_old_one_stays(following, damage,
     assert following.write(revision=2)
 
 
+def test_a_file_that_can_not_be_read_for_now_is_read_once_it_can(following, monkeypatch, caplog):
+    following.write()
+
+    def refuse(_: Path) -> bytes:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        assert not following.write(revision=2)
+        assert not following.follower.poll()
+    assert following.refused == ["unreadable"]
+    assert caplog.text.count("is not obeyed") == 1
+    assert following.follower.poll()
+    assert following.follower.current.plans["digits"].revision == 2
+
+
 def test_a_file_of_another_shape_with_a_good_checksum_is_refused(following):
     import hashlib
 

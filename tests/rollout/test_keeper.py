@@ -12,6 +12,7 @@ from shipworthy.domain.lifecycle import DeploymentState, IntentKind, IntentStatu
 from shipworthy.domain.names import ReleaseReference, Stage
 from shipworthy.domain.rollout import RolloutStatus
 from shipworthy.rollout.keeper import Superseded
+from shipworthy.stores.journal import JournalWriter
 
 
 def test_the_first_release_takes_production_once_it_answers(world: World) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from shipworthy.domain.keys import hash_key, key_id
 from shipworthy.domain.lifecycle import Principal, Release
 from shipworthy.domain.names import ReleaseReference, parse_reference
-from shipworthy.errors import NotAllowed, NotFound
+from shipworthy.errors import LedgerUnavailable, NotAllowed, NotFound
 from shipworthy.ports import Blobs, Clock, Ledger
 from shipworthy.settings import Project, find_project
 from shipworthy.stores.blobs import LocalBlobs
@@ -87,11 +87,23 @@ def open_session(start: Path | None = None, *, prepare: bool = False) -> Session
 
 def prepare_state(project: Project) -> None:
     """Make what a project's processes need: private folders, secrets, and the ledger's tables."""
+    _check_not_lost(project)
     for folder in (project.state, project.secrets, project.journals, project.logs):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in ("signing", "pseudonyms"):
         _make_secret(project.secrets / name)
     migrate(project.ledger_url)
+
+
+def _check_not_lost(project: Project) -> None:
+    """Refuse to begin anew beside a gateway that still obeys the past."""
+    file = project.state / "ledger.db"
+    if project.settings.ledger is None and project.snapshot.exists() and not file.exists():
+        message = (
+            f"the ledger {file} is gone, and with it every decision; put it back, or remove"
+            f" {project.state} to begin anew"
+        )
+        raise LedgerUnavailable(message)
 
 
 def _make_secret(file: Path) -> None:

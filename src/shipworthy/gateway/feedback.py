@@ -85,15 +85,17 @@ class FeedbackDoor:
             asked_at=ticket.at,
         )
         if not self._written(record):
-            self._metrics.dropped.inc()
             raise Refusal(503, "the feedback could not be written; send it again", headers=[RETRY])
         self._metrics.feedback.labels(record.kind).inc()
         return Answer(202, _encoder.encode({"feedback": record.id}))
 
     def _written(self, record: FeedbackRecord) -> bool:
         try:
-            return self._journal.append(record)
+            written = self._journal.append(record)
+            self._metrics.settle_dropped(self._journal.dropped)
+            return written
         except Exception:  # noqa: BLE001  # whatever it is, the client must send it again
+            self._metrics.dropped.labels("fault").inc()
             _log.exception("feedback could not be written")
             return False
 
@@ -114,4 +116,10 @@ def _read(body: bytes) -> _Feedback:
         or (isinstance(value, float) and not math.isfinite(value))
     ):
         raise Refusal(400, f"value: a {feedback.kind} is {wanted}")
+    try:
+        msgspec.msgpack.encode(value)  # as the journal will
+    except (OverflowError, RecursionError, ValueError):
+        raise Refusal(
+            400, "value: holds an integer beyond 64 bits, or is nested too deeply"
+        ) from None
     return feedback

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Final
 
 from prometheus_client import (
@@ -63,7 +64,8 @@ class Metrics:
         )
         self.retries = self._counter("retries", "Further attempts at the same arm.", "plan")
         self.denied = self._counter("denied", "Requests without a right to what they asked.", "why")
-        self.dropped = self._counter("records_dropped", "Records that could not be written.")
+        self.dropped = self._counter("records_dropped", "Records that were not written.", "why")
+        self._dropped_before: defaultdict[str, int] = defaultdict(int)
         self.feedback = self._counter("feedback", "Feedback that was taken.", "kind")
         self.refused_snapshots = self._counter(
             "snapshots_refused", "Snapshot files that were not obeyed.", "why"
@@ -94,6 +96,12 @@ class Metrics:
     def attempted(self, plan: str, release: str, outcome: str, reason: str) -> None:
         """Count a first attempt."""
         self._ends[plan, release, outcome, reason] += 1
+
+    def settle_dropped(self, counts: Mapping[str, int]) -> None:
+        """Take over how many records the journal has dropped so far, by reason."""
+        for why, count in counts.items():
+            self.dropped.labels(why).inc(count - self._dropped_before[why])
+            self._dropped_before[why] = count
 
     def settle(self) -> None:
         """Move what was counted since the last time into the series."""

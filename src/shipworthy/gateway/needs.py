@@ -18,6 +18,11 @@ Clock = Callable[[], float]
 class Journal(Protocol):
     """A worker's journal; opening and closing it is the caller's."""
 
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """How many records were dropped so far, by reason."""
+        ...
+
     def append(self, record: Record) -> bool:
         """Whether the record is written (`write(2)` returned); False when it was dropped."""
         ...

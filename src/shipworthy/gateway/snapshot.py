@@ -48,16 +48,21 @@ class SnapshotFollower:
         self._leases: dict[str, tuple[float, float]] = {}
         self._keys_until = math.inf
         self._missing = False
+        self._trouble = ""
 
     def poll(self) -> bool:
         """Look at the file once; whether a new snapshot is in force."""
         identity = self._identity()
         if identity is None or identity == self._seen:
             return False
-        self._seen = identity
         try:
-            snapshot = decode_snapshot(self._path.read_bytes())
-        except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+            content = self._path.read_bytes()
+        except OSError as error:
+            return self._could_not_read(str(error))
+        self._seen, self._trouble = identity, ""
+        try:
+            snapshot = decode_snapshot(content)
+        except ValueError as error:  # msgspec's errors are ValueErrors
             return self._refuse("unreadable", str(error))
         problem = _outdated(snapshot, self.current)
         if problem:
@@ -108,6 +113,13 @@ class SnapshotFollower:
             return None
         self._missing = False
         return status.st_mtime_ns, status.st_ino, status.st_size
+
+    def _could_not_read(self, trouble: str) -> bool:
+        """Say so once; the file is read again, as this may pass without its being changed."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self._refuse("unreadable", trouble)
+        return False
 
     def _refuse(self, reason: str, problem: str) -> bool:
         _log.error("the snapshot at %s is not obeyed: %s", self._path, problem)

@@ -181,7 +181,7 @@ def _check_version(version: str | None, file: Path) -> None:
 
 
 def _missing(file: Path) -> str:
-    return f"there is no ledger at {file}; `shipworthy init` makes one"
+    return f"there is no ledger at {file}; put it back, or let `shipworthy up` make one"
 
 
 def _parse(url: str) -> URL:
