@@ -21,7 +21,7 @@ from shipworthy.app.session import Session, new_id
 from shipworthy.app.supervisor import gateway_url
 from shipworthy.domain.checklist import Checklist, ChecklistItem, Moment
 from shipworthy.domain.findings import Finding, Verdict
-from shipworthy.domain.gates import GateItem, GateJudgement, GateVerdict
+from shipworthy.domain.gates import GateItem, GateJudgement, GateVerdict, judge_confirmation
 from shipworthy.domain.keys import key_id, new_key
 from shipworthy.domain.lifecycle import Deployment, DeploymentState, Release, StageFinding, standing
 from shipworthy.domain.manifest import EndpointServing, Manifest
@@ -360,13 +360,28 @@ async def run_gate_checks(session: Session, release: Release, stage: Stage, *, t
     await _run(session, release, wanted, tell)
 
 
-async def confirm(session: Session, release: Release, *, tell: Tell) -> None:
-    """Observe, after the move, what the policy wants confirmed."""
+async def confirm(session: Session, release: Release, *, tell: Tell) -> GateJudgement | None:
+    """Observe, after the move to production, what the policy wants confirmed, and judge it.
+
+    None when the policy wants nothing confirmed.
+    """
     with session.ledger.read() as tx:
         stored = tx.policies.current(release.model)
-    if stored is not None:
-        checks = Policy.model_validate(stored.document).promotion.confirm.checks
-        await run_checks(session, release, stage=Stage.PRODUCTION, only=checks, tell=tell)
+        history = tx.stages.history(release.model, Stage.PRODUCTION)
+    wanted = Policy.model_validate(stored.document).promotion.confirm if stored else None
+    if wanted is None or not wanted.checks:
+        return None
+    await run_checks(session, release, stage=Stage.PRODUCTION, only=wanted.checks, tell=tell)
+    with session.ledger.read() as tx:
+        return judge_confirmation(
+            wanted,
+            release=release,
+            findings=tx.evidence.findings(release.digest),
+            waivers=tx.evidence.waivers(),
+            checklist=built_in(),
+            now=session.clock(),
+            first=len({entry.release for entry in history}) <= 1,
+        )
 
 
 def _selected(checklist: Checklist, names: Sequence[str]) -> list[ChecklistItem]:

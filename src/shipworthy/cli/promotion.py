@@ -18,8 +18,9 @@ from shipworthy.app.session import Session, open_session
 from shipworthy.app.status import RolloutStatusLine, is_running, rollout_of
 from shipworthy.cli.output import ago, out, say, say_json, say_table, styled, waiting
 from shipworthy.domain.checklist import ItemStatus
+from shipworthy.domain.gates import GateVerdict
 from shipworthy.domain.lifecycle import Approval, Intent, IntentKind, IntentStatus, Release
-from shipworthy.domain.names import Stage, check_model_name
+from shipworthy.domain.names import ReleaseReference, Stage, check_model_name
 from shipworthy.errors import NotAllowed, NotFound, NotMeasured, Refused, Unavailable, UsageError
 from shipworthy.release.page import to_html
 from shipworthy.release.report import Report, ReportLine, to_json, to_markdown
@@ -142,8 +143,9 @@ def promote(
     say(answer.answer)
     if answer.status is IntentStatus.REFUSED:
         raise typer.Exit(checks.refusal_code(session, found, stage))
-    if wait and stage is Stage.PRODUCTION:
+    if stage is Stage.PRODUCTION and (wait or _holds_production(session, found)):
         _follow(session, found)
+        _confirm(session, found)
 
 
 def start(release: ReleaseName, reason: Reason = "") -> None:
@@ -192,6 +194,22 @@ def _follow(session: Session, release: Release) -> None:
     _say_decision(session, release.model)
     if line.status != "completed":
         raise typer.Exit(Refused.exit_code)
+
+
+def _holds_production(session: Session, release: Release) -> bool:
+    with session.ledger.read() as tx:
+        holder = tx.releases.find(ReleaseReference(release.model, stage=Stage.PRODUCTION))
+    return holder is not None and holder.digest == release.digest
+
+
+def _confirm(session: Session, release: Release) -> None:
+    """Look behind the move whether it is so; what needs more traffic is named, not awaited."""
+    with waiting(f"confirming {release.name} in production") as tell:
+        judged = asyncio.run(checks.confirm(session, release, tell=tell))
+    if judged is not None:
+        say(judged.paragraph)
+        if judged.verdict is GateVerdict.FAIL:
+            raise typer.Exit(Refused.exit_code)
 
 
 def _missing(line: RolloutStatusLine) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from shipworthy.app import releasing, serving
 from shipworthy.app.session import open_session
@@ -16,6 +17,7 @@ from shipworthy.domain.manifest import EndpointServing, Manifest
 from shipworthy.domain.names import check_model_name
 from shipworthy.errors import IntegrityError, NotMeasured
 from shipworthy.protocols.documents import write_document
+from shipworthy.release.show import ShownMetric, ShownRelease, show_release
 from shipworthy.release.verify import stored_size, verify_release
 
 release = typer.Typer(
@@ -106,9 +108,42 @@ def show(name: ReleaseName, *, json: Json = False) -> None:
     if json:
         say_json(_row(found) | {"manifest": found.manifest})
         return
-    manifest = Manifest.model_validate(found.manifest)
-    out.print(f"[bold]{found.name}[/] {found.digest}, made {ago(found.created_at)}")
-    say(write_document(manifest))
+    with session.ledger.read() as tx:
+        maker = tx.principals.get(found.created_by)
+    _say_release(show_release(found, maker.name if maker else found.created_by))
+
+
+def _say_release(shown: ShownRelease) -> None:
+    out.print(f"[bold]{shown.name}[/] {shown.digest}")
+    facts = {
+        "made": f"{ago(shown.created_at)} by {shown.created_by}",
+        "what": shown.description,
+        "owner": shown.owner,
+        "code": shown.code,
+        "runs on": f"{shown.engine}, {shown.environment}",
+        "served by": shown.serving,
+        "inputs": "; ".join(shown.inputs),
+        "outputs": "; ".join(shown.outputs),
+        "metrics": "; ".join(_claim(metric) for metric in shown.metrics),
+    }
+    for name, fact in facts.items():
+        if fact:
+            say(f"  {name:<10} {fact}")
+    parts = [
+        (part.name, part.kind, f"{part.files}", f"{part.size:,}", short(part.digest), part.note)
+        for part in (*shown.artifacts, *shown.data)
+    ]
+    columns = ("part", "kind", "files", "bytes", "digest", "note")
+    say_table(columns, [[escape(cell) for cell in part] for part in parts], empty="")
+    for gap in shown.gaps:
+        say(f"  - {gap}")
+
+
+def _claim(metric: ShownMetric) -> str:
+    n = f", n={metric.n:,}" if metric.n else ""
+    if metric.low is None or metric.high is None:
+        return f"{metric.name} {metric.value:g}{n}"
+    return f"{metric.name} {metric.value:g} ({metric.low:.4g} to {metric.high:.4g}{n})"
 
 
 @release.command("verify")

@@ -42,11 +42,14 @@ _RETRIED = frozenset(
         Reason.SERVER_ERROR, Reason.OVERLOADED,
     }
 )  # fmt: skip
+_NO_ATTEMPT = frozenset({Reason.CLIENT_DEADLINE, Reason.GATEWAY_FAULT})
+"""Says nothing about the release that was to answer."""
 _STATUS: Final = {
     Reason.TIMEOUT: 504,
     Reason.CONNECT_TIMEOUT: 504,
     Reason.CLIENT_DEADLINE: 504,
     Reason.FULL: 503,
+    Reason.GATEWAY_FAULT: 503,
     Reason.OVERLOADED: 503,
     Reason.EJECTED: 503,
 }
@@ -64,6 +67,7 @@ _TEXT: Final = {
     Reason.EJECTED: "this release keeps failing and is not called for now",
     Reason.FULL: "too many requests are waiting for the model; try again in a moment",
     Reason.CLIENT_DEADLINE: "the deadline that the request set is over",
+    Reason.GATEWAY_FAULT: "the gateway can open no more connections; try again in a moment",
 }
 
 
@@ -234,7 +238,7 @@ class InferenceDoor:
             arm.gate.leave()
         if reply.reason is Reason.ANSWERED:
             reply = _judged(call, arm, reply, message)
-        if guarded and reply.reason is not Reason.CLIENT_DEADLINE:
+        if guarded and reply.reason not in _NO_ATTEMPT:
             live.breaker.note(failed=reply.reason is not Reason.ANSWERED, now=self._monotonic())
         return reply, endpoint
 

@@ -8,6 +8,7 @@ import errno
 import gc
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -34,6 +35,8 @@ from shipworthy.gateway.upstream import Upstream
 
 _log = logging.getLogger("shipworthy.gateway")
 
+_OWN_DESCRIPTORS = 64  # journal, snapshot, listener, event loop, health probes
+
 Ready = Callable[[str, int], None]
 """Called with host and port once the worker listens."""
 
@@ -49,6 +52,7 @@ def run(
     uniform: Callable[[], float],
 ) -> None:
     """Serve until SIGTERM or SIGINT, on a uvloop of its own; see `serve`."""
+    options = _with_descriptors(options)
     gc.freeze()  # what is loaded by now stays: no need to look at it again and again
     gc.set_threshold(10_000, 20, 50)
     uvloop.run(
@@ -110,6 +114,30 @@ async def serve(  # noqa: PLR0913  # whoever wires a worker names each part
                 await ending.wait()
                 application.draining = True
                 await asyncio.sleep(options.unready_seconds)
+
+
+def _with_descriptors(options: GatewayOptions) -> GatewayOptions:
+    """Let this process open as many files as its connections need, or serve fewer connections.
+
+    Clients must never use up the descriptors that calls upstream, snapshot and journal need: what
+    is missing there would look like the releases' failure.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Twice the connections: those beyond the limit are told so. A call has one, and one upstream.
+    needed = 4 * options.max_connections + _OWN_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return options
+    fewer = max(1, (soft - _OWN_DESCRIPTORS) // 4)
+    _log.warning(
+        "this process may open %d files, so it serves %d connections and not %d; raise `ulimit -n`",
+        soft, fewer, options.max_connections,
+    )  # fmt: skip
+    return msgspec.structs.replace(options, max_connections=fewer)
 
 
 # --- listening --------------------------------------------------------------------------------
@@ -241,7 +269,11 @@ def _announce(options: GatewayOptions, address: tuple[str, int], ready: Ready | 
     if options.ready_file is not None:
         content = {"host": host, "port": port, "pid": os.getpid()}
         partial = options.ready_file.with_name(f".{options.ready_file.name}.{os.getpid()}")
-        partial.write_bytes(msgspec.json.encode(content))
-        partial.replace(options.ready_file)
+        try:
+            partial.write_bytes(msgspec.json.encode(content))
+            partial.replace(options.ready_file)
+        except OSError as error:  # a full disk: serving goes on, as far as its port is known
+            _log.error("can't say so in %s: %s", options.ready_file, error.strerror)  # noqa: TRY400
+            partial.unlink(missing_ok=True)
     if ready is not None:
         ready(host, port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -26,8 +27,12 @@ _KEEP_ALIVE = 1.5
 
 _SOUND = frozenset({Reason.ANSWERED, Reason.REFUSED})
 """The endpoint did its work, whatever it said."""
-_NEUTRAL = frozenset({Reason.OVERLOADED, Reason.CLIENT_DEADLINE})
+_NEUTRAL = frozenset({Reason.OVERLOADED, Reason.CLIENT_DEADLINE, Reason.GATEWAY_FAULT})
 """Says nothing about whether it can: a busy server is not made faster by being left alone."""
+_OWN_LACKS = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL}
+)
+"""Why this worker itself can't open a connection: no release has anything to do with it."""
 
 
 @lru_cache(maxsize=64)
@@ -167,7 +172,10 @@ class Upstream:
             reply = Reply(Reason.CONNECT_TIMEOUT, sent=False)
         except TimeoutError:
             reply = Reply(when_late)
-        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL):
+        except aiohttp.ClientConnectorError as error:
+            ours = error.os_error.errno in _OWN_LACKS
+            reply = Reply(Reason.GATEWAY_FAULT if ours else Reason.UNREACHABLE, sent=False)
+        except aiohttp.InvalidURL:
             reply = Reply(Reason.UNREACHABLE, sent=False)
         except (aiohttp.ClientError, OSError, ValueError):
             reply = Reply(Reason.BROKEN)

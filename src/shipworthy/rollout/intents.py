@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
+
 from shipworthy.domain import rollout as machine
 from shipworthy.domain.checklist import Checklist
 from shipworthy.domain.gates import GateJudgement, judge
@@ -22,7 +24,7 @@ from shipworthy.domain.manifest import Manifest
 from shipworthy.domain.names import Stage
 from shipworthy.domain.policy import Policy
 from shipworthy.domain.rollout import RolloutState, RolloutStatus, Stepped
-from shipworthy.errors import ShipworthyError
+from shipworthy.errors import Conflict, ShipworthyError
 from shipworthy.ports import Transaction
 from shipworthy.rollout.turn import Turn
 
@@ -91,11 +93,34 @@ def _promote(turn: Turn, intent: Intent) -> None:
         turn.answer(intent, IntentStatus.DONE, f"{release.name} is in {intent.stage} already.")
     elif intent.status is IntentStatus.WAITING:
         _await_deployment(turn, intent, release, intent.stage)
-    elif intent.stage is Stage.PRODUCTION and (running := _running(turn, intent.model)):
-        text = f"{release.name} waits in line behind {running.candidate_name}."
+    elif ahead := _ahead(turn, intent, intent.stage):
+        text = f"{release.name} waits in line behind {ahead}."
         turn.answer(intent, IntentStatus.PENDING, text)
     else:
         _enter_gate(turn, intent, release, intent.stage)
+
+
+def _ahead(turn: Turn, intent: Intent, stage: Stage) -> str | None:
+    """What has to end before this promotion is judged; it is judged on what holds by then.
+
+    Another promotion that waits for its deployment is ahead too: both would find the stage empty,
+    and the second would take all of the traffic with no rollout, or undo a later wish.
+    """
+    running = _running(turn, intent.model) if stage is Stage.PRODUCTION else None
+    if running is not None and running.candidate == intent.release:
+        # In line behind itself it would be rolled out again, should it have to be rolled back.
+        message = f"{running.candidate_name} is being rolled out already."
+        raise Conflict(message)
+    if running is not None:
+        return running.candidate_name
+    for other in turn.tx.intents.open():
+        if other.model != intent.model or other.status is not IntentStatus.WAITING:
+            continue
+        if other.kind is IntentKind.ROLLBACK and stage is Stage.PRODUCTION:
+            return "the rollback"
+        if other.stage is stage and other.release not in {None, intent.release}:
+            return turn.release(other.model, other.release or "").name
+    return None
 
 
 def _enter_gate(turn: Turn, intent: Intent, release: Release, stage: Stage) -> None:
@@ -189,7 +214,11 @@ def take_over(turn: Turn, release: Release, stage: Stage, *, rollback: bool = Fa
 
 
 def _roll_back(turn: Turn, intent: Intent) -> None:
-    """Never gated: out of the rollout that runs, else back to the release before."""
+    """Never gated: out of the rollout that runs, else back to the release before.
+
+    `intent.release` is the one to leave, as the person saw it: when a guardrail or somebody else
+    was quicker, going back once more would take away the release that is wanted.
+    """
     running = _running(turn, intent.model)
     if running is not None:
         by = turn.name_of(intent.actor)
@@ -197,13 +226,22 @@ def _roll_back(turn: Turn, intent: Intent) -> None:
         _settle(turn, intent, running, out)
         return
     stack = standing(turn.tx.stages.history(intent.model, Stage.PRODUCTION))
+    if stack and intent.release not in {None, stack[-1].release}:
+        left = turn.release(intent.model, intent.release or "")
+        serving = turn.release(intent.model, stack[-1].release)
+        text = f"{left.name} is out of {intent.model}'s traffic already; {serving.name} serves."
+        turn.answer(intent, IntentStatus.DONE, text)
+        return
     if len(stack) < 2:  # the current release and the one before it
         text = f"{intent.model} has no earlier production release to go back to."
         turn.answer(intent, IntentStatus.REFUSED, text)
         return
     before, current = stack[-2], stack[-1]
     release = turn.release(intent.model, before.release)
-    deployment = turn.want(intent.model, Stage.PRODUCTION, before.release)
+    waiting = intent.status is IntentStatus.WAITING
+    deployment = turn.deployment(intent.model, Stage.PRODUCTION, before.release)
+    if deployment is None or not waiting:
+        deployment = turn.want(intent.model, Stage.PRODUCTION, before.release)
     if deployment.state is DeploymentState.READY:
         _return_to(turn, intent, release, before, current)
     elif deployment.state is DeploymentState.FAILED:
@@ -212,7 +250,8 @@ def _roll_back(turn: Turn, intent: Intent) -> None:
         turn.answer(intent, IntentStatus.REFUSED, text)
     else:
         text = f"{release.name} is restored from its pinned parts; traffic moves when it answers."
-        turn.answer(intent, IntentStatus.WAITING, text)
+        leaving = msgspec.structs.replace(intent, release=current.release)
+        turn.answer(leaving, IntentStatus.WAITING, text)
 
 
 def _return_to(

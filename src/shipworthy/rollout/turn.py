@@ -110,8 +110,15 @@ class Turn:
         return found[-1] if found else None
 
     def want(self, model: str, stage: Stage, digest: str) -> Deployment:
-        """The deployment of a release at a stage, asked for when there is none."""
+        """The deployment of a release at a stage, asked for when there is none.
+
+        One that failed is replaced: who asks again wants it tried again, and the way back must not
+        depend on a replica that died while it was kept warm.
+        """
         found = self.deployment(model, stage, digest)
+        if found is not None and found.state is DeploymentState.FAILED:
+            self.tx.deployments.put(msgspec.structs.replace(found, wanted=False))
+            found = None
         if found is None:
             found = Deployment(
                 id=self.new_id("dep"),

@@ -195,6 +195,7 @@ class ProcessReplica:
         self._process: asyncio.subprocess.Process | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._born = 0.0
+        self._answered = False
         deployed.join()
         self._life = asyncio.create_task(self._live())
 
@@ -237,13 +238,14 @@ class ProcessReplica:
                 reason = await self._one_life(await self._deployed.interpreter())
             except ShipworthyError as error:
                 reason, stated = str(error), True
-            except OSError as error:
-                reason, stated = f"{error}; see to the disk and its rights", True
+            except (OSError, ValueError) as error:  # a full disk; a command that can't be split
+                reason, stated = f"{error}; see to the disk and serving.command", True
             self._url = None
             self._doing = "starting again"
             deaths = 0 if clock() - self._born > LONG_LIFE else deaths + 1
-            # A stated reason (a missing module, altered bytes) would only be stated again.
-            hopeless = stated or deaths >= QUICK_DEATHS
+            # A stated reason (a missing module, altered bytes) would only be stated again, but not
+            # if these very bytes have answered before: then what is around them fails for now.
+            hopeless = (stated and not self._answered) or deaths >= QUICK_DEATHS
             if hopeless:
                 self._problem = reason
             self._log.write(f"{reason}\n".encode())
@@ -307,6 +309,7 @@ class ProcessReplica:
             deaf = 0 if status is not None else deaf + 1
             if status == 200:
                 self._url, self._problem, self._doing = url, None, "ready"
+                self._answered = True
             elif failed >= _UNREADY_PROBES and self._url is not None:
                 self._url, self._doing = None, "not ready"
             if deaf >= _DEAF_PROBES and self._doing != "loading the model":
