@@ -35,7 +35,7 @@ from shipworthy.release.catalogue import built_in
 from shipworthy.release.probes import Started
 from shipworthy.release.report import Report, ReportLine, build_report
 from shipworthy.rollout import probes as rollout_probes
-from shipworthy.rollout.intents import judge_entry
+from shipworthy.rollout.intents import is_first, judge_entry
 from shipworthy.runtimes.endpoint import read_credential
 from shipworthy.runtimes.inspection import inspect_endpoint
 
@@ -329,12 +329,14 @@ async def run_checks(
     checklist = built_in()
     chosen = {item.id for name in only for item in checklist.select(name)}
     stages = [stage] if stage else [Stage.DEVELOPMENT, *_held(session, release)]
+    with session.ledger.read() as tx:
+        first = is_first(tx, release)
     wanted = [
         (item, place)
         for place in stages
         for item in checklist.items
         if item.id in PROBES
-        and (not chosen or item.id in chosen)
+        and (item.id in chosen if chosen else not (first and item.next))
         and _moments(place) & set(item.when)
     ]
     await _run(session, release, wanted, tell)
@@ -344,7 +346,7 @@ async def run_gate_checks(session: Session, release: Release, stage: Stage, *, t
     """Observe what the gate to a stage asks for, where it asks to have it observed."""
     with session.ledger.read() as tx:
         stored = tx.policies.current(release.model)
-        first = not tx.stages.history(release.model, Stage.PRODUCTION)
+        first = is_first(tx, release)
     if stored is None:
         return  # the gate will say so
     gate = Policy.model_validate(stored.document).promotion.gate(stage)
@@ -367,7 +369,7 @@ async def confirm(session: Session, release: Release, *, tell: Tell) -> GateJudg
     """
     with session.ledger.read() as tx:
         stored = tx.policies.current(release.model)
-        history = tx.stages.history(release.model, Stage.PRODUCTION)
+        first = is_first(tx, release)
     wanted = Policy.model_validate(stored.document).promotion.confirm if stored else None
     if wanted is None or not wanted.checks:
         return None
@@ -380,7 +382,7 @@ async def confirm(session: Session, release: Release, *, tell: Tell) -> GateJudg
             waivers=tx.evidence.waivers(),
             checklist=built_in(),
             now=session.clock(),
-            first=len({entry.release for entry in history}) <= 1,
+            first=first,
         )
 
 
@@ -438,7 +440,6 @@ async def _observe(item: ChecklistItem, look: Look) -> Finding:
             observed=str(error),
             threshold=item.title,
             at=look.now,
-            expires=look.now,
         )
 
 

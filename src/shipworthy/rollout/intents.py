@@ -75,9 +75,18 @@ def judge_entry(
         waivers=tx.evidence.waivers(),
         checklist=checklist,
         now=now,
-        first=not tx.stages.history(release.model, Stage.PRODUCTION),
+        first=is_first(tx, release),
         names={id: person.name for id in people if (person := tx.principals.get(id))},
     )
+
+
+def is_first(tx: Transaction, release: Release) -> bool:
+    """Whether nothing but this release has ever been in production.
+
+    Then there is nothing to compare it with, and nothing to go back to.
+    """
+    history = tx.stages.history(release.model, Stage.PRODUCTION)
+    return all(entry.release == release.digest for entry in history)
 
 
 # --- promote ----------------------------------------------------------------------------------
