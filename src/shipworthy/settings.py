@@ -81,8 +81,11 @@ class Project:
 
     @property
     def ledger_url(self) -> str:
-        """The ledger's database URL."""
-        return self.settings.ledger or f"sqlite:///{self.state / 'ledger.db'}"
+        """The ledger's database URL; a relative path in it begins at the project's folder."""
+        scheme, separator, path = (self.settings.ledger or "").partition(":///")
+        if not separator:
+            return self.settings.ledger or f"sqlite:///{self.state / 'ledger.db'}"
+        return f"{scheme}:///{self.root / path}" if path else f"{scheme}:///"
 
     @property
     def snapshot(self) -> Path:

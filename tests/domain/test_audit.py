@@ -81,3 +81,10 @@ def test_nothing_is_a_chain_unless_something_was_exported() -> None:
     assert verify([]) == []
     assert verify([], exported=AuditHead(sequence=0, hash=GENESIS)) == []
     assert verify([], exported=AuditHead(sequence=1, hash="sha256:x"))
+
+
+@given(CHAINS)
+def test_what_is_taken_off_the_end_is_missed_by_the_head(entries) -> None:
+    assert verify(entries, head=head_of(entries)) == []
+    assert verify(entries[:-1], head=head_of(entries))
+    assert verify([], head=head_of(entries))

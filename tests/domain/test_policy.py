@@ -85,3 +85,10 @@ def test_a_rule_has_exactly_one_condition(bounds) -> None:
 
 def test_development_has_no_gate() -> None:
     assert policy().promotion.gate(Stage.DEVELOPMENT) == StageGate()
+
+
+def test_a_step_must_be_able_to_end_before_the_rollout_is_held() -> None:
+    steps = [{"weight": 0.1, "duration": "2d"}]
+    with pytest.raises(ValidationError, match="step_limit must be above each step's duration"):
+        policy(rollout={"steps": steps})
+    assert policy(rollout={"steps": steps, "step_limit": "3d"}).rollout.steps[0].duration == 172_800

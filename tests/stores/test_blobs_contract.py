@@ -100,9 +100,12 @@ class TestLocal:
         assert stored(tmp_path) == [path]
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
-    def test_a_blob_that_was_cut_short_is_healed(self, local: LocalBlobs, tmp_path: Path):
+    @pytest.mark.parametrize("damage", [LARGE[:10], LARGE[:-1] + b"?"])
+    def test_a_damaged_blob_is_healed(self, local: LocalBlobs, tmp_path: Path, damage: bytes):
         file = local.put_bytes(LARGE, "a")
-        os.truncate(stored(tmp_path)[0], 10)
+        (path,) = stored(tmp_path)
+        path.chmod(0o640)
+        path.write_bytes(damage)
         local.put_bytes(LARGE, "a")
         local.verify(file)
 

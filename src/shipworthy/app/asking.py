@@ -8,7 +8,8 @@ from collections.abc import Callable
 from shipworthy.app.session import Session, new_id
 from shipworthy.domain.lifecycle import Intent, IntentKind, IntentStatus, Principal, Release
 from shipworthy.domain.names import Stage
-from shipworthy.errors import Unavailable
+from shipworthy.errors import NotFound, Unavailable
+from shipworthy.ports import Transaction
 
 _POLL_SECONDS = 0.1
 _ANSWERED = {IntentStatus.DONE, IntentStatus.REFUSED}
@@ -24,19 +25,27 @@ def ask(
     stage: Stage | None = None,
     reason: str = "",
 ) -> Intent:
-    """Leave a request for the keeper."""
+    """Leave a request for the keeper; NotFound when there is no such model.
+
+    A rollback notes what is to be left, as it is now: by the time that the keeper reads it, a
+    guardrail or somebody else may have been quicker.
+    """
     now = session.clock()
-    intent = Intent(
-        id=new_id("int"),
-        at=now,
-        actor=actor.id,
-        kind=kind,
-        model=model,
-        release=release.digest if release else None,
-        stage=stage,
-        reason=reason,
-    )
     with session.ledger.write() as tx:
+        if not tx.releases.list(model):
+            message = f"no model {model}; 'shipworthy release list' shows what there is"
+            raise NotFound(message)
+        named = release.digest if release else None
+        intent = Intent(
+            id=new_id("int"),
+            at=now,
+            actor=actor.id,
+            kind=kind,
+            model=model,
+            release=_exposed(tx, model) if kind is IntentKind.ROLLBACK else named,
+            stage=stage,
+            reason=reason,
+        )
         tx.intents.put(intent)
         tx.audit.append(
             at=now,
@@ -46,6 +55,15 @@ def ask(
             detail={"intent": intent.id, **({"stage": stage.value} if stage else {})},
         )
     return intent
+
+
+def _exposed(tx: Transaction, model: str) -> str | None:
+    """The release that a rollback takes away: the candidate on its way, else what is stable."""
+    running = next((state for state in tx.rollouts.active() if state.model == model), None)
+    if running is not None:
+        return running.candidate
+    holder = next(iter(tx.stages.history(model, Stage.PRODUCTION)), None)
+    return holder.release if holder else None
 
 
 def await_answer(

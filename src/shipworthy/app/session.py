@@ -7,6 +7,7 @@ import os
 import pwd
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from shipworthy.errors import LedgerUnavailable, NotAllowed, NotFound
 from shipworthy.ports import Blobs, Clock, Ledger
 from shipworthy.settings import Project, find_project
 from shipworthy.stores.blobs import LocalBlobs
+from shipworthy.stores.files import replace_file
 from shipworthy.stores.ledger import migrate, open_ledger
 
 KEY_VARIABLE = "SHIPWORTHY_KEY"
@@ -41,7 +43,7 @@ class Session:
         if text:
             return self._holder(text)
         with self.ledger.write() as tx:
-            return tx.principals.ensure(pwd.getpwuid(os.getuid()).pw_name)
+            return tx.principals.ensure(_account())
 
     def _holder(self, text: str) -> Principal:
         now = self.clock()
@@ -66,6 +68,14 @@ class Session:
             message = f"no release {text}; {_suggest(reference, known)}"
             raise NotFound(message)
         return found
+
+
+def _account() -> str:
+    """The name of the account that runs this; a container may run as one that has none."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid {os.getuid()}"
 
 
 def _suggest(reference: ReleaseReference, known: list[str]) -> str:
@@ -107,13 +117,17 @@ def _check_not_lost(project: Project) -> None:
 
 
 def _make_secret(file: Path) -> None:
-    """Make a random secret once; several processes may try at the same time."""
-    try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
+    """Make a random secret once; several processes may try at the same time.
+
+    It appears whole or not at all: one that is empty could be guessed.
+    """
+    if file.exists():
         return
-    with os.fdopen(descriptor, "wb") as handle:
-        handle.write(secrets.token_bytes(32))
+    fresh = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    replace_file(fresh, secrets.token_bytes(32))
+    with suppress(FileExistsError):
+        os.link(fresh, file)
+    fresh.unlink()
 
 
 def new_id(prefix: str) -> str:

@@ -176,7 +176,7 @@ def verify_chain(
             raise UsageError(message) from error
     with session.ledger.read() as tx:
         now = tx.audit.head()
-        problems = verify(tx.audit.entries(), exported=exported)
+        problems = verify(tx.audit.entries(), head=now, exported=exported)
     if problems:
         message = "the audit log does not hold: " + "; ".join(problems[:5])
         raise IntegrityError(message)

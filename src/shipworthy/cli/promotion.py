@@ -237,6 +237,9 @@ def approve(
     """
     session = open_session()
     found, chosen, actor = session.release(release), _stage(stage), session.actor()
+    if chosen is Stage.DEVELOPMENT:
+        message = "development has no gate to approve for; name staging or production"
+        raise UsageError(message)
     if actor.kind != "person":
         message = f"{actor.name} is a service, and only people approve; use a person's key"
         raise NotAllowed(message)

@@ -40,10 +40,15 @@ def seal(entry: AuditEntry) -> AuditEntry:
     return msgspec.structs.replace(entry, hash=digest_of(content))
 
 
-def verify(entries: Iterable[AuditEntry], *, exported: AuditHead | None = None) -> list[str]:
+def verify(
+    entries: Iterable[AuditEntry],
+    *,
+    head: AuditHead | None = None,
+    exported: AuditHead | None = None,
+) -> list[str]:
     """What is wrong with a chain, oldest entry first; empty when it holds.
 
-    With an `exported` head the chain must also still contain that entry, unaltered.
+    `head` is where it must end now, so that nothing is taken off its end. With an `exported` head the chain must also still contain that entry, unaltered.
     """
     problems: list[str] = []
     previous, sequence = GENESIS, 0
@@ -62,6 +67,8 @@ def verify(entries: Iterable[AuditEntry], *, exported: AuditHead | None = None) 
             if entry.hash != exported.hash:
                 problems.append(f"entry {entry.sequence} is not the one in the exported head")
         previous = entry.hash
+    if head and (sequence, previous) != (head.sequence, head.hash):
+        problems.append(f"the chain ends at {sequence}, and its head says {head.sequence}")
     if exported and not found:
         problems.append(
             f"the chain ends at {sequence}, before the exported head {exported.sequence}"

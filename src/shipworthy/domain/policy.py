@@ -145,6 +145,9 @@ class RolloutPolicy(Document):
         if not weights or any(b <= a for a, b in pairwise(weights)):
             message = "steps must not be empty and each weight must be above the one before"
             raise ValueError(message)
+        if max(step.duration for step in self.steps) >= self.step_limit:
+            message = "step_limit must be above each step's duration, else every rollout is held"
+            raise ValueError(message)
         return self
 
 

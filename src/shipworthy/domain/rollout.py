@@ -410,11 +410,12 @@ def _go_up(
 def give_up_waiting(state: RolloutState, why: str, *, now: float) -> Stepped:
     """End a rollout whose candidate did not become ready; nobody was exposed to it."""
     text = (
-        f"{state.candidate_name} never took traffic: it was not ready within"
-        f" {_minutes(state.rules.ready_limit)} ({why}). {state.stable_name} serves on."
+        f"{state.candidate_name} never took traffic: after {_minutes(now - state.started)} of at"
+        f" most {_minutes(state.rules.ready_limit)} it was not ready{_because(why)}."
+        f" {state.stable_name} serves on."
     )
     ended = msgspec.structs.replace(
-        state, status=RolloutStatus.ABORTED, ended=now, reason=f"not ready: {why}"
+        state, status=RolloutStatus.ABORTED, ended=now, reason=f"not ready: {why or 'no word'}"
     )
     return Stepped(state=ended, decisions=(_verdict("abort", ended, text),))
 

@@ -118,7 +118,7 @@ class LocalBlobs:
             digest, size = copy(_writer(descriptor))
             file = PinnedFile(path=name, digest=digest, size=size)
             path = self._path(digest)
-            if not _is_there(path, size):
+            if not _is_whole(path, digest, size):
                 os.fchmod(descriptor, 0o440)
                 os.fsync(descriptor)
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
@@ -192,10 +192,13 @@ def _new_file(path: Path, mode: int) -> Generator[int]:
         path.unlink(missing_ok=True)
 
 
-def _is_there(path: Path, size: int) -> bool:
-    """Whether the blob is stored; one of another size was cut short and is better replaced."""
+def _is_whole(path: Path, digest: str, size: int) -> bool:
+    """Whether the blob is stored, every byte of it: storing it again is the cure for a damage."""
     try:
-        return path.stat().st_size == size
+        if path.stat().st_size != size:
+            return False
+        with FileIO(path) as reader:
+            return _copy(reader, None, None)[0] == digest
     except FileNotFoundError:
         return False
 
