@@ -175,3 +175,27 @@ def test_a_restore_that_fails_is_tried_once_and_leaves_nothing_behind(world: Wor
     world.report()
     world.tick()
     assert world.intent(again).status is IntentStatus.DONE
+
+
+def test_a_manifest_altered_in_the_ledger_is_not_obeyed(world: World) -> None:
+    import json
+    import sqlite3
+    from contextlib import closing
+
+    world.apply()
+    reach_production(world, world.register(1))
+    second = world.register(2)
+    before = world.plan()
+    with closing(sqlite3.connect(world.root / "ledger.db")) as connection, connection:
+        for version in (1, 2):
+            row = connection.execute("SELECT manifest FROM releases WHERE version=?", (version,))
+            content = json.loads(row.fetchone()[0]) | {"contract": "none"}
+            change = "UPDATE releases SET manifest=? WHERE version=?"
+            connection.execute(change, (json.dumps(content), version))
+    world.tick()
+    assert world.plan() == before
+    world.find(second)
+    asked = world.ask(IntentKind.PROMOTE, second, Stage.STAGING)
+    world.tick()
+    assert world.intent(asked).status is IntentStatus.REFUSED
+    assert "manifest of digits@2 is not the registered one" in world.intent(asked).answer

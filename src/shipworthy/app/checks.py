@@ -23,7 +23,14 @@ from shipworthy.domain.checklist import Checklist, ChecklistItem, Moment
 from shipworthy.domain.findings import Finding, Verdict
 from shipworthy.domain.gates import GateItem, GateJudgement, GateVerdict, judge_confirmation
 from shipworthy.domain.keys import key_id, new_key
-from shipworthy.domain.lifecycle import Deployment, DeploymentState, Release, StageFinding, standing
+from shipworthy.domain.lifecycle import (
+    Deployment,
+    DeploymentState,
+    Release,
+    StageFinding,
+    manifest_of,
+    standing,
+)
 from shipworthy.domain.manifest import EndpointServing, Manifest
 from shipworthy.domain.names import ReleaseReference, Stage, plan_name
 from shipworthy.domain.policy import Policy
@@ -182,7 +189,7 @@ async def _start_package(
         message = f"{release.name} started but answered its sample with HTTP {answer.status}"
         raise Refused(message)
     version = ".".join(str(part) for part in sys.version_info[:3])
-    lock = Manifest.model_validate(release.manifest).environment.lock
+    lock = manifest_of(release).environment.lock
     built = f"the interpreter of {lock.path}" if lock else f"Python {version}"
     return Started(interpreter=built, seconds=seconds, answer=answer.body)
 
@@ -416,7 +423,7 @@ async def _run(
     wanted: Sequence[tuple[ChecklistItem, Stage]],
     tell: Tell,
 ) -> None:
-    manifest = Manifest.model_validate(release.manifest)
+    manifest = manifest_of(release)
     async with AiohttpClient() as http:
         for number, (item, stage) in enumerate(wanted, 1):
             tell(f"{number} of {len(wanted)}: {item.id}")

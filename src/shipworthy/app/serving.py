@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from shipworthy.app.session import Session
-from shipworthy.domain.lifecycle import Deployment, Release
+from shipworthy.domain.lifecycle import Deployment, Release, manifest_of
 from shipworthy.domain.manifest import EndpointServing, Manifest
 from shipworthy.errors import UsageError
 from shipworthy.ports import HttpClient, Progress, RunningReplica
@@ -39,7 +39,7 @@ class Runtimes:
 
     async def start(self, release: Release, deployment: Deployment) -> Iterable[RunningReplica]:
         """Start its replicas, or watch its endpoints."""
-        remote = isinstance(Manifest.model_validate(release.manifest).serving, EndpointServing)
+        remote = isinstance(manifest_of(release).serving, EndpointServing)
         if remote:
             return await self.endpoint.start(release, deployment)
         return await self.process.start(release, deployment)
@@ -64,7 +64,7 @@ def prepare(
 
     The folder goes when the context ends. UsageError when the release is served elsewhere.
     """
-    manifest = Manifest.model_validate(release.manifest)
+    manifest = manifest_of(release)
     if isinstance(manifest.serving, EndpointServing):
         message = f"{release.name} is served elsewhere, at {manifest.serving.urls[0]}"
         raise UsageError(message)

@@ -12,8 +12,7 @@ from shipworthy.app import releasing, serving
 from shipworthy.app.session import open_session
 from shipworthy.cli.output import ago, byte_progress, err, out, say, say_json, say_table, short
 from shipworthy.domain.findings import Verdict
-from shipworthy.domain.lifecycle import Release
-from shipworthy.domain.manifest import EndpointServing, Manifest
+from shipworthy.domain.lifecycle import Release, manifest_of
 from shipworthy.domain.names import check_model_name
 from shipworthy.errors import IntegrityError, NotMeasured
 from shipworthy.protocols.documents import write_document
@@ -156,13 +155,12 @@ def verify(name: ReleaseName, *, json: Json = False) -> None:
     """
     session = open_session()
     found = session.release(name)
-    manifest = Manifest.model_validate(found.manifest)
     with byte_progress(f"reading {found.name}", stored_size(found)) as advance:
         checked = verify_release(found, session.blobs, now=session.clock(), progress=advance)
     if json:
         say_json(checked)
     else:
-        remote = isinstance(manifest.serving, EndpointServing)
+        remote = found.manifest.get("serving", {}).get("runtime") == "endpoint"
         told = " Its server is elsewhere, and what that serves is its own word." if remote else ""
         say(f"{found.name}: {checked.sentence}.{told}")
     if checked.verdict is Verdict.FAIL:
@@ -184,7 +182,7 @@ def serve(
     """
     session = open_session()
     found = session.release(name)
-    manifest = Manifest.model_validate(found.manifest)
+    manifest = manifest_of(found)
     size = sum(file.size for file in manifest.pinned_files())
     with byte_progress(f"copying {found.name}", size) as advance:
         prepared = serving.prepare(session, found, advance, tell=err.print)

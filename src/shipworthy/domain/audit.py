@@ -48,7 +48,8 @@ def verify(
 ) -> list[str]:
     """What is wrong with a chain, oldest entry first; empty when it holds.
 
-    `head` is where it must end now, so that nothing is taken off its end. With an `exported` head the chain must also still contain that entry, unaltered.
+    `head` is where it must end now, so that nothing is taken off its end. With an `exported` head
+    the chain must also still contain that entry, unaltered.
     """
     problems: list[str] = []
     previous, sequence = GENESIS, 0

@@ -8,8 +8,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from shipworthy.domain.canonical import digest_of
 from shipworthy.domain.findings import Finding
+from shipworthy.domain.manifest import Manifest
 from shipworthy.domain.names import Stage
+from shipworthy.errors import IntegrityError
 
 FOUR_EYES = "four-eyes"
 """The waiver that lets a lone user approve what they made."""
@@ -37,6 +40,20 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         """`model@version`."""
         return f"{self.model}@{self.version}"
+
+
+def manifest_of(release: Release) -> Manifest:
+    """What a release pins, as it was registered; IntegrityError when the ledger's copy differs.
+
+    Everything that starts, judges or routes to a release reads its manifest by this.
+    """
+    if digest_of(release.manifest) != release.digest:
+        message = (
+            f"the ledger's manifest of {release.name} is not the registered one; restore the ledger"
+            f" from a backup ('shipworthy release verify {release.name}' tells more)"
+        )
+        raise IntegrityError(message)
+    return Manifest.model_validate(release.manifest)
 
 
 class StoredPolicy(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from shipworthy.domain.lifecycle import Release
+from shipworthy.domain.lifecycle import Release, manifest_of
 from shipworthy.domain.manifest import Artifact, EndpointServing, Manifest, Metric
 from shipworthy.domain.statistics.intervals import normal_interval, wilson_interval
 
@@ -58,7 +58,7 @@ class ShownRelease(msgspec.Struct, frozen=True, kw_only=True):
 
 def show_release(release: Release, maker: str) -> ShownRelease:
     """Lay a release out; `maker` is the name of who made it."""
-    manifest = Manifest.model_validate(release.manifest)
+    manifest = manifest_of(release)
     contract = manifest.contract
     return ShownRelease(
         name=release.name,

@@ -18,9 +18,9 @@ from shipworthy.domain.lifecycle import (
     Release,
     StageEntry,
     StoredPolicy,
+    manifest_of,
     standing,
 )
-from shipworthy.domain.manifest import Manifest
 from shipworthy.domain.names import Stage
 from shipworthy.domain.policy import Policy
 from shipworthy.domain.rollout import RolloutState, RolloutStatus, Stepped
@@ -69,7 +69,7 @@ def judge_entry(
         policy.promotion.gate(stage),
         release=release,
         maker=release.created_by,
-        claims=Manifest.model_validate(release.manifest).metrics,
+        claims=manifest_of(release).metrics,
         findings=tx.evidence.findings(release.digest),
         approvals=approvals,
         waivers=tx.evidence.waivers(),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import msgspec
 
-from shipworthy.domain.lifecycle import Deployment, Release, StageEntry
-from shipworthy.domain.manifest import EndpointServing, Manifest
+from shipworthy.domain.lifecycle import Deployment, Release, StageEntry, manifest_of
+from shipworthy.domain.manifest import EndpointServing
 from shipworthy.domain.names import Stage, plan_name
 from shipworthy.domain.plan import Arm, Capture, Deadlines, Endpoint, Plan
 from shipworthy.domain.policy import Policy
 from shipworthy.domain.rollout import RolloutState
+from shipworthy.errors import IntegrityError
 from shipworthy.rollout.turn import Turn
 
 
@@ -68,17 +71,21 @@ def _plan(
 
 
 def _arm(turn: Turn, stage: Stage, model: str, digest: str, before: Plan | None) -> Arm | None:
-    """A release as the gateway reaches it; its last known endpoints while it has no others."""
+    """A release as the gateway reaches it; its last known arm while there is none to be had.
+
+    A manifest that was altered in the ledger is not obeyed, and one model's must not stop the rest.
+    """
     deployment = turn.deployment(model, stage, digest)
     if deployment is not None and deployment.endpoints:
-        return arm_of(turn.release(model, digest), deployment)
+        with suppress(IntegrityError):
+            return arm_of(turn.release(model, digest), deployment)
     known = (before.stable, before.candidate) if before else ()
     return next((arm for arm in known if arm is not None and arm.digest == digest), None)
 
 
 def arm_of(release: Release, deployment: Deployment) -> Arm:
     """The arm of a deployed release."""
-    manifest = Manifest.model_validate(release.manifest)
+    manifest = manifest_of(release)
     serving = manifest.serving
     credential, served_model = None, release.model
     if isinstance(serving, EndpointServing):

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from shipworthy.domain.findings import Finding, Verdict
-from shipworthy.domain.lifecycle import Release, TrafficCount
-from shipworthy.domain.manifest import Manifest
-from shipworthy.errors import ShipworthyError
+from shipworthy.domain.lifecycle import Release, TrafficCount, manifest_of
+from shipworthy.domain.manifest import PinnedFile
+from shipworthy.errors import IntegrityError, ShipworthyError
 from shipworthy.ports import Blobs, HttpClient
 
 VALID_SECONDS = 24 * 3600.0
@@ -91,11 +91,12 @@ def probe_traffic(
 
 def probe_restorable(previous: Release, blobs: Blobs, *, warm: bool, now: float) -> Finding:
     """rollback.restorable: all pinned parts of the release before are here and unaltered."""
-    manifest = Manifest.model_validate(previous.manifest)
     problems: list[str] = []
-    if manifest.digest() != previous.digest:
-        problems.append(f"its manifest has the digest {manifest.digest()}, not {previous.digest}")
-    files = manifest.pinned_files()
+    files: tuple[PinnedFile, ...] = ()
+    try:
+        files = manifest_of(previous).pinned_files()
+    except IntegrityError as error:
+        problems.append(str(error))
     for file in files:
         try:
             blobs.verify(file)
