@@ -23,7 +23,7 @@ from shipworthy.app.status import is_running
 from shipworthy.app.supervisor import Up, gateway_url, stop_on_signals, supervise
 from shipworthy.domain.contract import Contract
 from shipworthy.domain.lifecycle import IntentKind, IntentStatus, Release
-from shipworthy.domain.manifest import ArtifactFormat, ReleaseSpec
+from shipworthy.domain.manifest import ArtifactFormat, EndpointServing, ReleaseSpec
 from shipworthy.domain.names import MODEL, Stage
 from shipworthy.errors import Conflict, NotFound, RuntimeFailed, UnsafeArtifact, UsageError
 from shipworthy.protocols import oip
@@ -95,9 +95,11 @@ def _try_file(session: Session, wanted: Wanted) -> Tried:
     if not file.is_file():
         message = f"no file {file}; give a model file, or the URL of an OIP server"
         raise NotFound(message)
-    folder, spec = file.parent, _spec_of(file, wanted)
-    release_file = _release_file(folder, spec)
-    seen = look_at(spec, folder, wanted.sample, tell=lambda _: None)
+    folder = file.parent
+    release_file, spec = _described(folder, _spec_of(file, wanted))
+    samples = [data.path for data in spec.data if data.role == "sample"]
+    sample = folder / samples[0] if samples else None
+    seen = look_at(spec, folder, sample, tell=lambda _: None)
     spec = spec.model_copy(update={"contract": seen.contract})
     made = register(session, spec, folder)
     written = [_write(release_file, spec)]
@@ -122,12 +124,18 @@ def _spec_of(file: Path, wanted: Wanted) -> ReleaseSpec:
         )
         raise UnsafeArtifact(message)
     artifact = {"path": file.name, "format": kind, "unsafe": wanted.unsafe}
-    content: dict[str, Any] = {"model": wanted.name or _name(file.stem), "artifacts": [artifact]}
-    if wanted.sample is not None:
-        content["data"] = [
-            {"name": "sample", "path": _near(wanted.sample, file.parent), "role": "sample"}
-        ]
+    content: dict[str, Any] = {
+        "model": wanted.name or _name(file.stem),
+        "artifacts": [artifact],
+        "data": _sample(wanted, file.parent),
+    }
     return read_document(msgspec.json.encode(content), str(file), ReleaseSpec)
+
+
+def _sample(wanted: Wanted, folder: Path) -> list[dict[str, str]]:
+    if wanted.sample is None:
+        return []
+    return [{"name": "sample", "path": _near(wanted.sample, folder), "role": "sample"}]
 
 
 def _near(path: Path, folder: Path) -> str:
@@ -147,23 +155,33 @@ def _name(text: str) -> str:
     return name
 
 
-def _release_file(folder: Path, spec: ReleaseSpec) -> Path:
-    """Where the description goes; Conflict when it would replace one that a person wrote."""
+def _described(folder: Path, spec: ReleaseSpec) -> tuple[Path, ReleaseSpec]:
+    """Where the description goes, and all that it says: what a person added to it is kept.
+
+    Conflict when it would replace one that a person wrote, or that of another model.
+    """
     file = folder / "release.yaml"
-    if file.exists():
-        other = read_document(file.read_bytes(), str(file), ReleaseSpec)
-        same = other.model == spec.model and other.artifacts == spec.artifacts
-        if not same or other.contract is None:
-            message = (
-                f"{file} describes another model or was written by hand; register what it says with"
-                f" 'shipworthy release create -f {file}', or move it away"
-            )
-            raise Conflict(message)
-    return file
+    if not file.exists():
+        return file, spec
+    other = read_document(file.read_bytes(), str(file), ReleaseSpec)
+    same = other.model == spec.model and other.artifacts == spec.artifacts
+    if not same or other.contract is None:
+        message = (
+            f"{file} describes another model or was written by hand; register what it says with"
+            f" 'shipworthy release create -f {file}', or move it away"
+        )
+        raise Conflict(message)
+    replaced = {"sample"} if spec.data else set[str]()
+    kept = tuple(data for data in other.data if data.role not in replaced)
+    remote = isinstance(spec.serving, EndpointServing)
+    serving = spec.serving if remote else other.serving
+    return file, other.model_copy(update={"data": (*spec.data, *kept), "serving": serving})
 
 
 def _write(file: Path, spec: ReleaseSpec) -> Path:
-    file.write_text(write_document(spec), encoding="utf-8")
+    """Write the description, unless it says this already: a person's comments are kept then."""
+    if not file.exists() or read_document(file.read_bytes(), str(file), ReleaseSpec) != spec:
+        file.write_text(write_document(spec), encoding="utf-8")
     return file
 
 
@@ -216,10 +234,10 @@ async def _try_endpoint(session: Session, wanted: Wanted) -> Tried:
         "served_model": seen.model,
         "credential": wanted.credential,
     }
-    spec = read_document(
-        msgspec.json.encode({"model": model, "serving": serving}), wanted.target, ReleaseSpec
-    ).model_copy(update={"contract": seen.contract})
-    release_file = _release_file(folder, spec)
+    content = {"model": model, "serving": serving, "data": _sample(wanted, folder)}
+    spec = read_document(msgspec.json.encode(content), wanted.target, ReleaseSpec)
+    release_file, spec = _described(folder, spec)
+    spec = spec.model_copy(update={"contract": seen.contract})
     made = register(session, spec, folder)
     written = [_write(release_file, spec), *_ensure_policy(session, folder, model)]
     notes = (
