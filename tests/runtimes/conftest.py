@@ -213,7 +213,7 @@ def make_release(tmp_path: Path, blobs: LocalBlobs) -> Callable[..., Made]:
         for spec in artifacts:
             (folder / spec.path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / spec.path, folder / spec.path)
-            files = (blobs.put(source / spec.path),)
+            files = (blobs.put(source / spec.path).model_copy(update={"path": "."}),)
             pinned.append(Artifact(**spec.model_dump(), files=files))
         manifest = Manifest(
             model="tested",
