@@ -41,7 +41,8 @@ class _Running:
             return DeploymentState.READY, urls, problem
         if problem:
             return DeploymentState.FAILED, (), problem
-        return DeploymentState.STARTING, (), ""
+        doing = next((replica.doing for replica in self.replicas), "")
+        return DeploymentState.STARTING, (), doing
 
 
 @dataclass(slots=True)
