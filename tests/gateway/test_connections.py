@@ -2,13 +2,18 @@
 
 import asyncio
 import contextlib
+import errno
+import resource
 import socket
 import time
 
+import aiohttp
 import msgspec
 import pytest
 
 from shipworthy.domain.records import Outcome
+from shipworthy.gateway import GatewayOptions
+from shipworthy.gateway.server import _with_descriptors
 
 
 def head(worker, *lines: str, path: str = "/v2/models/digits/infer", method: str = "POST") -> bytes:
@@ -282,3 +287,78 @@ async def test_bad_connections_are_counted(worker):
     await worker.raw(b"nonsense\r\n\r\n")
     count = await worker.metric('shipworthy_gateway_bad_connections_total{why="not_http"}')
     assert count == 1
+
+
+# --- upgrades ---------------------------------------------------------------------------------
+
+H2C = ("upgrade: h2c", "http2-settings: AAMAAABk", "connection: Upgrade, HTTP2-Settings")
+
+
+@pytest.mark.parametrize("pieces", [1, 7])
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_an_offer_of_http2_is_ignored_and_the_body_read(worker, model, pieces, chunked):
+    """What Java's client sends with its first request on a connection."""
+    await worker.start()
+    body = msgspec.json.encode(model.request_of())
+    if chunked:
+        framing, sent = "transfer-encoding: chunked", b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    else:
+        framing, sent = f"content-length: {len(body)}", body
+    content = head(worker, *H2C, framing) + sent
+    reader, writer = await asyncio.open_connection("127.0.0.1", worker.port)
+    size = -(-len(content) // pieces)
+    for start in range(0, len(content), size):
+        writer.write(content[start : start + size])
+        await asyncio.sleep(0.01)
+    async with asyncio.timeout(3):
+        answer = await reader.read()
+    writer.close()
+    assert status_of(answer) == 200
+    assert b"connection: close" in answer
+    assert worker.journal.last.request_bytes == len(body)
+
+
+async def test_an_upgrade_with_a_broken_body_is_refused(worker):
+    await worker.start()
+    broken = head(worker, *H2C, "transfer-encoding: chunked") + b"zz\r\n"
+    assert status_of(await worker.raw(broken)) == 400
+
+
+async def test_an_upgrade_without_a_body_is_answered(worker):
+    await worker.start()
+    answer = await worker.raw(head(worker, *H2C, path="/healthz", method="GET"))
+    assert status_of(answer) == 200
+
+
+# --- descriptors ------------------------------------------------------------------------------
+
+
+async def test_a_lack_of_descriptors_is_not_the_models_failure(worker, monkeypatch):
+    """As it were if clients held all of them."""
+    await worker.start()
+    connect = aiohttp.TCPConnector.connect
+
+    async def refuse(self, request, *others, **options):
+        if worker.model.url.endswith(f":{request.url.port}"):
+            lack = OSError(errno.EMFILE, "Too many open files")
+            raise aiohttp.ClientConnectorError(request.connection_key, lack)
+        return await connect(self, request, *others, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(aiohttp.TCPConnector, "connect", refuse)
+        replies = [await worker.infer() for _ in range(6)]
+    assert {(reply.status, reply.headers["retry-after"]) for reply in replies} == {(503, "1")}
+    assert worker.journal.last.outcome is Outcome.CENSORED
+    assert (await worker.infer()).status == 200
+    assert await worker.metric("shipworthy_gateway_ejections_total") == 0
+
+
+def test_a_worker_serves_no_more_connections_than_it_has_descriptors_for(monkeypatch, caplog):
+    limits = [(1024, 1024)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
+    assert _with_descriptors(GatewayOptions(max_connections=1024)).max_connections == 240
+    assert "ulimit -n" in caplog.text
+    limits.append((1024, 1_000_000))
+    assert _with_descriptors(GatewayOptions(max_connections=1024)).max_connections == 1024
+    assert limits[-1][0] >= 4096

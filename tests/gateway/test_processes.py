@@ -199,3 +199,10 @@ async def test_a_worker_under_load_keeps_nothing(worker):
     assert {reply.status for reply in replies} == {200}
     assert len(worker.journal.calls) == len({record.id for record in worker.journal.calls}) == 60
     assert worker.model.open == 0
+
+
+async def test_a_worker_serves_though_it_can_not_say_where(worker, caplog):
+    """As on a full disk: it knows its port from its options."""
+    await worker.start(ready_file=worker.folder / "nowhere" / "ready")
+    assert (await worker.infer()).status == 200
+    assert "can't say so" in caplog.text

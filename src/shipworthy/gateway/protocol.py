@@ -24,6 +24,7 @@ from shipworthy.gateway.options import GatewayOptions
 from shipworthy.protocols.oip import error_body
 
 _LINGER_SECONDS: Final = 1.0
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 _LINGER_BYTES: Final = 4 * 1024 * 1024
 
 
@@ -94,9 +95,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.parser is None:  # data after the connection was lost
             return
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self.cycle.keep_alive = False  # answered as plain HTTP; what follows is not
+            self._feed(data)
         except httptools.HttpParserError:
             status, message = self._refusal or (400, "this is not valid HTTP/1.1")
             self._refuse(status, message, "head" if self._refusal else "not_http")
@@ -108,6 +107,26 @@ class GatewayProtocol(HttpToolsProtocol):
                 self._await_head()
 
     # --- parser -----------------------------------------------------------------------------
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Answer in plain HTTP whoever offers another protocol, as Java's client does by default.
+
+        The parser takes the end of such a head for the end of the message. So another one reads the
+        body, behind a head that says no more than how the body ends.
+        """
+        self.cycle.keep_alive = False
+        if self.cycle.more_body:
+            framing = [b"%s: %s\r\n" % each for each in self.headers if each[0] in _FRAMING]
+            parser: Any = httptools.HttpRequestParser(_BodyOnly(self))
+            self.parser = parser
+            parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(framing))
+            parser.feed_data(rest)
 
     def on_message_begin(self) -> None:
         """Let the application know its connection."""
@@ -133,7 +152,9 @@ class GatewayProtocol(HttpToolsProtocol):
         self.cycle.transport = self._outlet  # type: ignore[assignment]  # as much as is used of it
 
     def on_message_complete(self) -> None:
-        """The next byte begins another head."""
+        """The next byte begins another head; but for a body that an upgrade has cut off."""
+        if self.parser.should_upgrade() and any(name in _FRAMING for name, _ in self.headers):
+            return
         self._in_head = True
         super().on_message_complete()
 
@@ -228,6 +249,14 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+class _BodyOnly:
+    """What a parser tells that reads the rest of a request whose head is known."""
+
+    def __init__(self, connection: GatewayProtocol) -> None:
+        self.on_body = connection.on_body
+        self.on_message_complete = connection.on_message_complete
 
 
 class _Outlet:

@@ -273,7 +273,7 @@ def _announce(options: GatewayOptions, address: tuple[str, int], ready: Ready | 
             partial.write_bytes(msgspec.json.encode(content))
             partial.replace(options.ready_file)
         except OSError as error:  # a full disk: serving goes on, as far as its port is known
-            _log.error("can't say so in %s: %s", options.ready_file, error.strerror)  # noqa: TRY400
+            _log.error("can't say so in %s: %s", options.ready_file, error.strerror)
             partial.unlink(missing_ok=True)
     if ready is not None:
         ready(host, port)
