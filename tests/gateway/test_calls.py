@@ -389,13 +389,17 @@ async def worker_two_rows(writer):
 
 
 @pytest.mark.parametrize(("trouble", "why"), [("full", "full"), ("broken", "fault")])
-async def test_capture_never_hurts_serving(worker, trouble, why):
+async def test_capture_never_hurts_serving(worker, trouble, why, caplog):
     await worker.start()
     setattr(worker.journal, trouble, True)
     for _ in range(2):
         assert (await worker.infer()).status == 200
     line = f'shipworthy_gateway_records_dropped_total{{why="{why}"}}'
     assert await worker.metric(line) == 2
+    assert caplog.text.count("records are being dropped") == 1
+    setattr(worker.journal, trouble, False)
+    assert (await worker.infer()).status == 200
+    assert "records are written again" in caplog.text
 
 
 async def test_metrics_hold_plans_and_releases_but_no_units(worker):

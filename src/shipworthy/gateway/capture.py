@@ -30,14 +30,15 @@ class Capture:
         try:
             written = self._journal.append(record)
         except Exception:  # noqa: BLE001  # capture never hurts serving
+            written = False
             self._metrics.dropped.labels("fault").inc()
             if not self._failing:
-                _log.exception("a record could not be written; further ones are only counted")
-            self._failing = True
-        else:
-            self._failing = False
-            if not written:
-                self._metrics.settle_dropped(self._journal.dropped)
+                _log.exception("a record could not be written")
+        if not written:
+            self._metrics.settle_dropped(self._journal.dropped)
+        if written is self._failing:  # said once when it begins, and once when it is over
+            self._failing = not written
+            _log.warning("records are written again" if written else "records are being dropped")
         plan = call.live.plan
         self._metrics.answered(plan.name, status, seconds, len(call.body), len(response))
         self._metrics.attempted(plan.name, record.release, record.outcome.value, record.reason)
