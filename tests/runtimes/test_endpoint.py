@@ -111,3 +111,12 @@ def both_runtimes_are_runtimes(process: ProcessRuntime, endpoint: EndpointRuntim
 def a_replica_is_one(replica: ProcessReplica) -> RunningReplica:
     """For the type checker."""
     return replica
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfekey", b"two\nlines", "clé".encode()])
+def test_a_credential_that_no_header_can_carry_is_refused_unseen(tmp_path, content):
+    (tmp_path / "key").write_bytes(content)
+    with pytest.raises(RuntimeFailed, match="no header can carry") as caught:
+        read_credential(f"file:{tmp_path}/key")
+    assert "key" not in str(caught.value).replace(f"{tmp_path}/key", "")
+    assert caught.value.__cause__ is None

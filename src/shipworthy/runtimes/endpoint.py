@@ -138,11 +138,16 @@ def read_credential(reference: str) -> str:
         secret = os.environ.get(where, "")
     else:
         try:
-            secret = Path(where).read_text().strip()
+            secret = Path(where).read_text(encoding="utf-8", errors="replace").strip()
         except OSError as error:
             raise RuntimeFailed(
                 f"the credential {reference} can't be read ({error.strerror}); check the path"
             ) from error
     if not secret:
         raise RuntimeFailed(f"the credential {reference} is empty; set it where this process runs")
+    if not (secret.isascii() and secret.isprintable()):
+        raise RuntimeFailed(
+            f"the credential {reference} holds characters that no header can carry; set it to one"
+            " line of plain text"
+        )
     return secret
