@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.rollout.conftest import manifest
 
+from shipworthy.app.access import create_key
 from shipworthy.app.asking import ask
 from shipworthy.app.founding import make_project
 from shipworthy.app.session import Session, open_session
@@ -17,7 +18,7 @@ from shipworthy.domain.manifest import Manifest
 from shipworthy.domain.names import Stage
 from shipworthy.domain.policy import Policy
 from shipworthy.domain.rollout import begin
-from shipworthy.errors import NotFound
+from shipworthy.errors import Conflict, NotFound, UsageError
 
 
 @pytest.fixture
@@ -99,3 +100,18 @@ def test_a_relative_ledger_lies_in_the_project_wherever_one_stands(
     assert open_session().project.ledger_url == f"sqlite:///{tmp_path / 'decisions.db'}"
     (tmp_path / "shipworthy.yaml").write_text(f"ledger: sqlite:///{tmp_path}/decisions.db\n")
     assert open_session().project.ledger_url == f"sqlite:///{tmp_path / 'decisions.db'}"
+
+
+@pytest.mark.parametrize("holder", ["", "  ", "a\nb"])
+def test_a_key_has_a_holder_with_a_name(session: Session, holder: str) -> None:
+    with pytest.raises(UsageError, match="needs a holder"):
+        create_key(session, holder)
+
+
+def test_nobody_gets_a_key_of_our_own_services(session: Session) -> None:
+    with session.ledger.write() as tx:
+        tx.principals.ensure("keeper", "service")
+    with pytest.raises(Conflict, match="keeper is a service here"):
+        create_key(session, "keeper")
+    with session.ledger.read() as tx:
+        assert tx.keys.list() == []

@@ -7,7 +7,7 @@ import secrets
 from shipworthy.app.session import Session
 from shipworthy.domain.keys import hash_key, key_id, new_key
 from shipworthy.domain.plan import Key, Role
-from shipworthy.errors import NotFound
+from shipworthy.errors import Conflict, NotFound, UsageError
 from shipworthy.ports import StoredKey, Transaction
 from shipworthy.stores.files import replace_file
 
@@ -27,8 +27,14 @@ def create_key(
 ) -> str:
     """Make a key for a holder and return its text, which is shown this once and never stored.
 
-    `by` is the principal who made it; absent, the holder itself.
+    `by` is the principal who made it; absent, the holder itself. Raises UsageError for a holder
+    without a name, and Conflict for one who is known as the other kind: a person's key must not
+    act as one of our own services.
     """
+    holder = holder.strip()
+    if not holder or not holder.isprintable():
+        message = "a key needs a holder: name the person or service, in printable characters"
+        raise UsageError(message)
     with session.ledger.write() as tx:
         return _create(session, tx, holder, role, models, expires, kind, by)
 
@@ -44,6 +50,9 @@ def _create(  # one row's values
     by: str | None,
 ) -> str:
     principal = tx.principals.ensure(holder, kind)
+    if principal.kind != kind:
+        message = f"{holder} is a {principal.kind} here; give the {kind} another name"
+        raise Conflict(message)
     id = secrets.token_hex(6)
     text = new_key(id, secrets.token_bytes(_RANDOM_BYTES))
     now = session.clock()

@@ -222,16 +222,17 @@ async def _door(look: Look) -> gateway_probes.Door:
 async def _auth(look: Look) -> Finding:
     """With keys made for this: one that worked and was revoked, one of another model."""
     door = await _door(look)
+    by = await asyncio.to_thread(look.session.actor)
     make = partial(
         create_key,
         look.session,
         "checks",
         kind="service",
         expires=look.now + _PROBE_KEY_SECONDS,
+        by=by.id,
     )
     revoked, foreign = make(models=(look.plan,)), make(models=("no-such-model",))
     ids = [key_id(text) or "" for text in (revoked, foreign)]
-    by = await asyncio.to_thread(look.session.actor)
     try:
         await _until(look, door, revoked, lambda seen: seen.status == 200)
         await _until(look, door, foreign, lambda seen: seen.status == 403)
