@@ -8,10 +8,11 @@ import textwrap
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from shipworthy.domain.manifest import ProcessServing, Replicas
-from shipworthy.errors import IntegrityError
+from shipworthy.errors import IntegrityError, RuntimeFailed
 from shipworthy.runtimes.environments import Environments
 from shipworthy.runtimes.process import ProcessRuntime, _environment
 
@@ -94,6 +95,41 @@ async def test_a_hanging_request_does_not_outlive_the_grace(
     await asyncio.gather(hanging, return_exceptions=True)
     assert not tools.alive(server)
     await tools.wait_for(lambda: not any(map(tools.alive, hosts)))
+
+
+async def test_a_host_killed_while_it_loads_again_is_tried_again_at_once(
+    runtime, code_release, deployment, tools, monkeypatch
+):
+    """What has answered before fails for what is around it, such as too little memory."""
+    (replica,) = await runtime.start(code_release().release, deployment)
+    await tools.wait_for(lambda: replica.url)
+    lives = replica._one_life
+    failures = [RuntimeFailed("the model's process ended while it loaded (killed by SIGKILL)")]
+
+    async def fail_once(python: Path) -> str:
+        if failures:
+            raise failures.pop()
+        return await lives(python)
+
+    monkeypatch.setattr(replica, "_one_life", fail_once)
+    os.kill(server_of(replica), signal.SIGKILL)
+    await tools.wait_for(lambda: replica.url is None)
+    await tools.wait_for(lambda: replica.url)
+    assert not failures
+    await replica.stop(5.0)
+
+
+async def test_a_command_that_can_not_be_split_is_a_problem(
+    runtime, code_release, deployment, tools
+):
+    release = code_release().release
+    manifest = dict(release.manifest)
+    manifest["serving"] = {**manifest.get("serving", {}), "command": "server --name 'open"}
+    release = msgspec.structs.replace(release, manifest=manifest)
+    (replica,) = await runtime.start(release, deployment)
+    await tools.wait_for(lambda: replica.problem)
+    assert "serving.command" in replica.problem
+    await replica.stop(1.0)
 
 
 async def test_altered_blobs_never_start(runtime, code_release, deployment, tools, blobs):
