@@ -213,6 +213,10 @@ async def _reconcile(fleet: Fleet, stop: asyncio.Event) -> None:
             if str(error) != last:
                 log.warning("%s; what runs goes on running", error)
             last = str(error)
+        except Exception as fault:  # the next turn must still follow the ledger
+            if repr(fault) != last:
+                log.exception("a fault of ours; what runs goes on running")
+            last = repr(fault)
         else:
             last = ""
         with suppress(TimeoutError):
