@@ -70,7 +70,10 @@ def list_keys(
     every: Annotated[bool, typer.Option("--all", help="Those revoked or expired too.")] = False,
     json: Json = False,
 ) -> None:
-    """List the keys in force, newest last; never their secrets."""
+    """List the keys in force, newest last; never their secrets.
+
+    Example: shipworthy keys list --all
+    """
     session = open_session()
     now = session.clock()
     with session.ledger.read() as tx:
@@ -132,7 +135,10 @@ def log(
     *,
     json: Json = False,
 ) -> None:
-    """Show who did what, newest last."""
+    """Show who did what, newest last.
+
+    Example: shipworthy audit log --limit 50
+    """
     session = open_session()
     with session.ledger.read() as tx:
         entries = list(tx.audit.entries())[-limit:]

@@ -282,19 +282,28 @@ def _act(session: Session, kind: IntentKind, model: str, reason: str) -> None:
 
 @rollout.command("pause")
 def pause(model: ModelName, reason: Reason = "") -> None:
-    """Stop going up; the weight stays and the guardrails stay armed."""
+    """Stop going up; the weight stays and the guardrails stay armed.
+
+    Example: shipworthy rollout pause digits -m "a sale begins"
+    """
     _act(open_session(), IntentKind.PAUSE, model, reason)
 
 
 @rollout.command("resume")
 def resume(model: ModelName, reason: Reason = "") -> None:
-    """Go on after a pause or a hold."""
+    """Go on after a pause or a hold.
+
+    Example: shipworthy rollout resume digits
+    """
     _act(open_session(), IntentKind.RESUME, model, reason)
 
 
 @rollout.command("abort")
 def abort(model: ModelName, reason: Reason = "") -> None:
-    """End the rollout; stable takes everything."""
+    """End the rollout; stable takes everything.
+
+    Example: shipworthy rollout abort digits -m "wrong threshold"
+    """
     _act(open_session(), IntentKind.ABORT, model, reason)
 
 

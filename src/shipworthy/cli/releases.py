@@ -72,7 +72,10 @@ def list_releases(
     *,
     json: Json = False,
 ) -> None:
-    """List releases, newest first."""
+    """List releases, newest first.
+
+    Example: shipworthy release list digits --json
+    """
     session = open_session()
     with session.ledger.read() as tx:
         found = tx.releases.list(check_model_name(model) if model else None)
