@@ -460,3 +460,27 @@ def test_arrays_with_a_tolist_are_encoded():
 
     body = encode_response([TensorValues("label", "INT64", (2,), Array())], model_name="m")
     assert json.loads(body)["outputs"][0]["data"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("shape", "data", "says"),
+    [
+        ((2, 2, 2), [[[1, 2], [3, 4]], [[5, 6], [7, 8]]], None),
+        ((2, 2, 2), [[[1, 2], [3, 4]], [[5, 6], [7]]], "data[1][1]: expected 2 entries"),
+        ((2, 2, 2), [[[1, 2], [3, 4]], [[5, 6]]], "data[1]: expected 2 entries"),
+        ((2, 1), [[1], [2**64]], "data[1][0]: expected an integer"),
+        ((2, 1), [[1], [2]], None),
+    ],
+)
+def test_nested_data_names_the_row_at_fault(shape, data, says):
+    tensor = Tensor("a", "INT64", (-1, *shape[1:]))
+    checker = oip.ContractChecker(Contract(inputs=(tensor,), outputs=()))
+    sent = {"name": "a", "shape": shape, "datatype": "INT64", "data": data}
+    request = oip.decode_request(json.dumps({"inputs": [sent]}).encode())
+    if says is None:
+        [value] = checker.check_request(request)
+        assert value.data == data
+    else:
+        with pytest.raises(oip.ContractViolation) as caught:
+            checker.check_request(request)
+        assert says in str(caught.value)

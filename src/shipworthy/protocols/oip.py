@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from typing import Annotated, Any, Final, TypeVar, cast
 
 import msgspec
@@ -375,7 +376,8 @@ def _values(field: str, tensor: TensorMessage, datatype: Datatype) -> list[Any]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ContractViolation(_data_problem(field, error, datatype)) from None
     if depth > 1:
-        _check_nested(field, values, tensor.shape)
+        if not _is_nested(values, tensor.shape):
+            _check_nested(field, values, tensor.shape)
     elif len(values) != math.prod(tensor.shape):
         raise ContractViolation(
             f"{field}: expected {_shortened(str(math.prod(tensor.shape)))} values for shape"
@@ -384,6 +386,22 @@ def _values(field: str, tensor: TensorMessage, datatype: Datatype) -> list[Any]:
     if datatype in _INT64:
         _fits_64_bits(field, values, datatype)
     return values
+
+
+def _is_nested(values: list[Any], shape: Sequence[int]) -> bool:
+    """What `_check_nested` says, without naming who is at fault, and so many times faster.
+
+    A million short rows would hold up everybody else's requests for seconds.
+    """
+    if len(values) != shape[0]:
+        return False
+    last = len(shape) - 1
+    for depth in range(1, len(shape)):
+        if set(map(len, values)) != {shape[depth]}:
+            return False
+        if depth < last:
+            values = list(chain.from_iterable(values))
+    return True
 
 
 def _check_nested(field: str, values: list[Any], shape: tuple[int, ...]) -> None:
@@ -398,6 +416,8 @@ def _check_nested(field: str, values: list[Any], shape: tuple[int, ...]) -> None
 
 def _fits_64_bits(field: str, values: list[Any], datatype: str) -> None:
     low, high = _INT64[datatype]
+    if values and isinstance(values[0], int) and low <= min(values) and max(values) <= high:
+        return
     for index, value in enumerate(values):
         if isinstance(value, list):
             _fits_64_bits(f"{field}[{index}]", cast("list[Any]", value), datatype)
