@@ -133,7 +133,8 @@ async def test_final_format(create) -> None:
     checked(found, Verdict.INCONCLUSIVE, "no sample")
     endpoint = create(artifacts=[], data=[], serving=ENDPOINT).release
     found = await probes.probe_final_format(endpoint, SAMPLE, good, now=NOW)
-    checked(found, Verdict.INCONCLUSIVE, "served elsewhere")
+    checked(found, Verdict.PASS, "answered the sample")
+    assert found.evidence["attested_by"] == ENDPOINT["urls"][0]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import quote
 
 from shipworthy.app.access import admin_key, create_key, revoke_key
 from shipworthy.app.http import AiohttpClient
@@ -128,7 +129,11 @@ async def _described(look: Look) -> Finding:
 
 
 async def _final_format(look: Look) -> Finding:
+    serving = look.manifest.serving
+
     async def start(release: Release, request: bytes) -> Started:
+        if isinstance(serving, EndpointServing):
+            return await _ask_endpoint(look.http, serving, request)
         return await _start_package(look.session, look.http, release, request)
 
     return await release_probes.probe_final_format(
@@ -151,6 +156,23 @@ async def _compatible(look: Look) -> Finding:
     with look.session.ledger.read() as tx:
         serving = tx.releases.find(ReleaseReference(look.release.model, stage=Stage.PRODUCTION))
     return await release_probes.probe_compatible(look.release, serving, now=look.now)
+
+
+async def _ask_endpoint(http: HttpClient, serving: EndpointServing, request: bytes) -> Started:
+    """A server elsewhere runs already: ask it the sample, as the gateway would."""
+    url = f"{serving.urls[0].rstrip('/')}/v2/models/{quote(serving.served_model, safe='')}/infer"
+    begun = time.monotonic()
+    answer = await http.request(
+        "POST", url, headers=_authorisation(serving), body=request, timeout=60.0
+    )
+    if answer.status != 200:
+        message = f"{serving.urls[0]} answered the sample with HTTP {answer.status}"
+        raise Refused(message)
+    return Started(
+        interpreter=f"the server at {serving.urls[0]}",
+        seconds=time.monotonic() - begun,
+        answer=answer.body,
+    )
 
 
 async def _start_package(
@@ -276,9 +298,24 @@ async def _returned(look: Look) -> Finding:
 
 async def _parity(look: Look) -> Finding:
     deployment = look.deployment()
-    return await rollout_probes.probe_parity(
-        look.release, deployment.endpoints if deployment else (), look.http, now=look.now
-    )
+    endpoints = deployment.endpoints if deployment else ()
+    serving = look.manifest.serving
+    if isinstance(serving, EndpointServing):
+        return await rollout_probes.probe_endpoint_parity(
+            look.release,
+            serving.served_model,
+            endpoints,
+            look.http,
+            headers=_authorisation(serving),
+            now=look.now,
+        )
+    return await rollout_probes.probe_parity(look.release, endpoints, look.http, now=look.now)
+
+
+def _authorisation(serving: EndpointServing) -> dict[str, str]:
+    if serving.credential is None:
+        return {}
+    return {"Authorization": f"Bearer {read_credential(serving.credential)}"}
 
 
 async def _traffic(look: Look) -> Finding:

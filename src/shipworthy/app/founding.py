@@ -34,6 +34,13 @@ def make_project(root: Path, *, preset: str, solo: bool) -> Session:
     if preset not in PRESETS:
         message = f"no preset {preset!r}; presets are {', '.join(PRESETS)}"
         raise UsageError(message)
+    seats = with_preset({"preset": preset})["promotion"]["production"].get("approvals", 0)
+    if solo and seats > 1:
+        message = (
+            f"the {preset} preset asks for {seats} people beside a release's maker, which one"
+            " person can't meet; leave --solo out or take another preset"
+        )
+        raise UsageError(message)
     if (root / FILE).exists():
         message = f"{root.resolve()} is a Shipworthy project already; edit its {FILE}"
         raise Conflict(message)

@@ -139,12 +139,14 @@ async def probe_final_format(
     """assets.final-format: it starts from its package and answers `sample` as its contract says."""
     manifest = Manifest.model_validate(release.manifest)
     verdict, evidence = Verdict.INCONCLUSIVE, dict[str, Any]()
-    if isinstance(manifest.serving, EndpointServing):
-        observed = "it is served elsewhere, so there is nothing to start here"
-    elif sample is None:
+    if sample is None:
         observed = "no sample is recorded to ask it with; add data with `role: sample`"
     else:
         verdict, observed, evidence = await _started(release, manifest, sample, start)
+        if isinstance(manifest.serving, EndpointServing) and verdict is Verdict.PASS:
+            # What runs there can't be looked into: that it is this release is the server's word.
+            observed = f"the server at {manifest.serving.urls[0]} answered the sample"
+            evidence[ATTESTED_BY] = ", ".join(manifest.serving.urls)
     return _finding(
         "assets.final-format",
         verdict,

@@ -6,9 +6,11 @@ Each observes and says what it saw; none judges by what was merely asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
+from shipworthy.domain.checklist import ATTESTED_BY
 from shipworthy.domain.findings import Finding, Verdict
 from shipworthy.domain.lifecycle import Release, TrafficCount, manifest_of
 from shipworthy.domain.manifest import PinnedFile
@@ -59,6 +61,58 @@ async def _reported_digest(endpoint: str, model: str, http: HttpClient) -> str:
         return str(content["parameters"]["digest"])
     except (ValueError, KeyError, TypeError):
         return "reports no digest"
+
+
+async def probe_endpoint_parity(
+    release: Release,
+    served_model: str,
+    endpoints: Sequence[str],
+    http: HttpClient,
+    *,
+    headers: Mapping[str, str],
+    now: float,
+) -> Finding:
+    """parity.version for a server elsewhere: it reports the model that the release names.
+
+    What lies behind that name is the endpoint's own word, so a pass is attested by it.
+    """
+    reported: dict[str, str] = {}
+    for endpoint in endpoints:
+        reported[endpoint] = await _reported_name(endpoint, served_model, http, headers)
+    wrong = [f"{url}: {said}" for url, said in reported.items() if said != served_model]
+    if not reported:
+        verdict, observed = Verdict.ERROR, "no endpoint answers"
+    elif wrong:
+        verdict, observed = Verdict.INCONCLUSIVE, wrong[0]
+    else:
+        verdict, observed = Verdict.PASS, f"{len(reported)} endpoints report {served_model}"
+    attested = {ATTESTED_BY: ", ".join(reported)} if verdict is Verdict.PASS else {}
+    return Finding(
+        check="parity.version",
+        verdict=verdict,
+        observed=observed,
+        threshold=f"each endpoint reports {served_model}",
+        at=now,
+        expires=now + VALID_SECONDS,
+        evidence={"reported": reported, "registered": release.digest, **attested},
+    )
+
+
+async def _reported_name(
+    endpoint: str, model: str, http: HttpClient, headers: Mapping[str, str]
+) -> str:
+    url = f"{endpoint.rstrip('/')}/v2/models/{quote(model, safe='')}"
+    try:
+        answer = await http.request("GET", url, headers=headers, timeout=5.0)
+    except ShipworthyError as error:
+        return f"does not answer ({error})"
+    if answer.status != 200:
+        return f"answers {answer.status}"
+    try:
+        content: Any = json.loads(answer.body)
+        return str(content["name"])
+    except (ValueError, KeyError, TypeError):
+        return "reports no name"
 
 
 def probe_traffic(
