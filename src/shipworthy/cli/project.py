@@ -13,13 +13,14 @@ import typer
 from shipworthy.app import trying
 from shipworthy.app.founding import apply_policies, make_project
 from shipworthy.app.session import open_session
-from shipworthy.app.status import ModelStatus, Serving, Status, status_of
+from shipworthy.app.status import ModelStatus, RolloutStatusLine, Serving, Status, status_of
 from shipworthy.app.supervisor import Up, stop_on_signals, supervise
-from shipworthy.cli.output import ago, err, out, say, say_json, say_table, styled, waiting
+from shipworthy.cli.output import ago, out, say, say_json, say_table, styled, waiting
 from shipworthy.domain.names import check_model_name
 from shipworthy.errors import NotFound
 
 _STALE_KEEPER_SECONDS = 60.0
+_MOST_WHOLE = 8  # models that are shown with all their stages
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -165,10 +166,7 @@ def status(
         say_json(found)
         return
     _say_needs(found)
-    for line in found.models:
-        _say_model(line)
-    if not found.models:
-        say("No models yet; 'shipworthy try MODEL' brings the first.")
+    _say_models(found.models)
 
 
 def _say_needs(found: Status) -> None:
@@ -180,31 +178,46 @@ def _say_needs(found: Status) -> None:
     if not needs:
         out.print("[green]Nothing needs a person.[/]")
     for need in needs:
-        err.print(f"! {need}", style="yellow", markup=False)
+        out.print(f"! {need}", style="yellow", markup=False)
 
 
-def _say_model(line: ModelStatus) -> None:
-    out.print(f"\n[bold]{line.model}[/]: {line.releases} releases, newest {line.newest}")
+def _say_models(models: list[ModelStatus]) -> None:
+    """One table for all; with many models, only the highest stage of each, to fit a screen."""
+    short = len(models) > _MOST_WHOLE
     say_table(
-        ("stage", "release", "state", "share", "answers/15 min", "failed", "since"),
-        (_serving_row(serving) for serving in line.serving),
-        empty="  registered, and runs nowhere yet",
+        ("release", "stage", "state", "share", "answers/15 min", "failed", "since"),
+        (row for model in models for row in _rows(model, short=short)),
+        empty="No models yet; 'shipworthy try MODEL' brings the first.",
     )
-    rollout = line.rollout
-    if rollout is not None and rollout.ended is None:
-        out.print(
-            f"  rollout of {rollout.candidate}: {styled(rollout.status)}, step {rollout.step} of"
-            f" {rollout.steps}, e-value {rollout.e_value:.3g} (alarm at {rollout.alarm_at:g})"
-        )
-        for phrase in rollout.missing:
-            say(f"    still missing: {phrase}")
+    if short:
+        say("The highest stage of each model; 'shipworthy status MODEL' tells the rest.")
+    for model in models:
+        _say_rollout(model.rollout)
+
+
+def _rows(model: ModelStatus, *, short: bool) -> list[tuple[str, ...]]:
+    if not model.serving:
+        return [(model.newest, "registered", "runs nowhere yet", "", "", "", "")]
+    highest = model.serving[0].stage
+    return [_serving_row(line) for line in model.serving if not short or line.stage is highest]
+
+
+def _say_rollout(rollout: RolloutStatusLine | None) -> None:
+    if rollout is None or rollout.ended is not None:
+        return
+    out.print(
+        f"Rollout of {rollout.candidate}: {styled(rollout.status)}, step {rollout.step} of"
+        f" {rollout.steps}, e-value {rollout.e_value:.3g} (alarm at {rollout.alarm_at:g})"
+    )
+    for phrase in rollout.missing:
+        say(f"  still missing: {phrase}")
 
 
 def _serving_row(serving: Serving) -> tuple[str, ...]:
     failed = f"{serving.failed / serving.assigned:.2%}" if serving.assigned else "-"
     return (
-        serving.stage,
         serving.release,
+        serving.stage,
         styled(serving.state),
         f"{serving.weight:.0%}",
         f"{serving.answers:,}",
