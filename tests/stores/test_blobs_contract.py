@@ -100,7 +100,7 @@ class TestLocal:
         assert stored(tmp_path) == [path]
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
-    @pytest.mark.parametrize("damage", [LARGE[:10], LARGE[:-1] + b"?"])
+    @pytest.mark.parametrize("damage", [LARGE[:10], LARGE[:-1] + b"?"], ids=["cut", "altered"])
     def test_a_damaged_blob_is_healed(self, local: LocalBlobs, tmp_path: Path, damage: bytes):
         file = local.put_bytes(LARGE, "a")
         (path,) = stored(tmp_path)
