@@ -116,13 +116,13 @@ class TestOpening:
                 act(url)
 
     def test_a_missing_file_is_not_made(self, tmp_path: Path):
-        with pytest.raises(LedgerUnavailable, match="shipworthy init"):
+        with pytest.raises(LedgerUnavailable, match="shipworthy up"):
             open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
         assert list(tmp_path.iterdir()) == []
 
     def test_an_empty_file(self, tmp_path: Path):
         (tmp_path / "ledger.db").touch()
-        with pytest.raises(LedgerUnavailable, match="shipworthy init"):
+        with pytest.raises(LedgerUnavailable, match="shipworthy up"):
             open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
 
     def test_a_folder(self, tmp_path: Path):
