@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -120,7 +119,6 @@ def wrong_in(words: list[str]) -> str:
     return ""
 
 
-@pytest.mark.skipif(find_spec("shipworthy.cli") is None, reason="no command line yet")
 @every_page
 def test_commands_and_options_exist(page: Path) -> None:
     wrong = [wrong_in(words) for words in commands(page, "shipworthy")]

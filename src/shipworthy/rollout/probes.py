@@ -6,7 +6,7 @@ Each observes and says what it saw; none judges by what was merely asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -27,9 +27,9 @@ async def probe_parity(
     release: Release, endpoints: Sequence[str], http: HttpClient, *, now: float
 ) -> Finding:
     """parity.version: the digest that each endpoint reports is the one that was registered."""
-    reported: dict[str, str] = {}
-    for endpoint in endpoints:
-        reported[endpoint] = await _reported_digest(endpoint, release.model, http)
+    reported = {
+        endpoint: await _reported(endpoint, release.model, http, _digest) for endpoint in endpoints
+    }
     wrong = {url: digest for url, digest in reported.items() if digest != release.digest}
     silent = [url for url, digest in wrong.items() if not digest.startswith("sha256:")]
     if not reported or silent:
@@ -38,29 +38,7 @@ async def probe_parity(
     else:
         verdict = Verdict.FAIL if wrong else Verdict.PASS
         observed = next(iter(wrong.values()), release.digest)
-    return Finding(
-        check="parity.version",
-        verdict=verdict,
-        observed=observed,
-        threshold=f"each endpoint reports {release.digest}",
-        at=now,
-        expires=now + VALID_SECONDS,
-        evidence={"reported": reported},
-    )
-
-
-async def _reported_digest(endpoint: str, model: str, http: HttpClient) -> str:
-    try:
-        answer = await http.request("GET", f"{endpoint}/v2/models/{model}", timeout=5.0)
-    except ShipworthyError as error:
-        return f"does not answer ({error})"
-    if answer.status != 200:
-        return f"answers {answer.status}"
-    try:
-        content: Any = json.loads(answer.body)
-        return str(content["parameters"]["digest"])
-    except (ValueError, KeyError, TypeError):
-        return "reports no digest"
+    return _parity(verdict, observed, release.digest, {"reported": reported}, now)
 
 
 async def probe_endpoint_parity(
@@ -76,9 +54,11 @@ async def probe_endpoint_parity(
 
     What lies behind that name is the endpoint's own word, so a pass is attested by it.
     """
-    reported: dict[str, str] = {}
-    for endpoint in endpoints:
-        reported[endpoint] = await _reported_name(endpoint, served_model, http, headers)
+    reported = {
+        endpoint: await _reported(endpoint, served_model, http, _name, headers)
+        for endpoint in endpoints
+    }
+    evidence: dict[str, Any] = {"reported": reported, "registered": release.digest}
     wrong = [f"{url}: {said}" for url, said in reported.items() if said != served_model]
     if not reported:
         verdict, observed = Verdict.ERROR, "no endpoint answers"
@@ -86,21 +66,32 @@ async def probe_endpoint_parity(
         verdict, observed = Verdict.INCONCLUSIVE, wrong[0]
     else:
         verdict, observed = Verdict.PASS, f"{len(reported)} endpoints report {served_model}"
-    attested = {ATTESTED_BY: ", ".join(reported)} if verdict is Verdict.PASS else {}
+        evidence[ATTESTED_BY] = ", ".join(reported)
+    return _parity(verdict, observed, served_model, evidence, now)
+
+
+def _parity(
+    verdict: Verdict, observed: str, expected: str, evidence: dict[str, Any], now: float
+) -> Finding:
     return Finding(
         check="parity.version",
         verdict=verdict,
         observed=observed,
-        threshold=f"each endpoint reports {served_model}",
+        threshold=f"each endpoint reports {expected}",
         at=now,
         expires=now + VALID_SECONDS,
-        evidence={"reported": reported, "registered": release.digest, **attested},
+        evidence=evidence,
     )
 
 
-async def _reported_name(
-    endpoint: str, model: str, http: HttpClient, headers: Mapping[str, str]
+async def _reported(
+    endpoint: str,
+    model: str,
+    http: HttpClient,
+    read: Callable[[Any], object],
+    headers: Mapping[str, str] | None = None,
 ) -> str:
+    """What an endpoint's metadata says of its model, or why it says nothing."""
     url = f"{endpoint.rstrip('/')}/v2/models/{quote(model, safe='')}"
     try:
         answer = await http.request("GET", url, headers=headers, timeout=5.0)
@@ -109,10 +100,17 @@ async def _reported_name(
     if answer.status != 200:
         return f"answers {answer.status}"
     try:
-        content: Any = json.loads(answer.body)
-        return str(content["name"])
+        return str(read(json.loads(answer.body)))
     except (ValueError, KeyError, TypeError):
-        return "reports no name"
+        return "does not say what it serves"
+
+
+def _digest(metadata: Any) -> object:
+    return metadata["parameters"]["digest"]
+
+
+def _name(metadata: Any) -> object:
+    return metadata["name"]
 
 
 def probe_traffic(
