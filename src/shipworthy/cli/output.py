@@ -23,8 +23,12 @@ from rich.progress import (
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+_PIPE_WIDTH = 160
+
+# Through a pipe nothing has a width; Rich would take 80 and break names in two.
+_width = None if sys.stdout.isatty() else _PIPE_WIDTH
+out = Console(highlight=False, soft_wrap=True, width=_width)
+err = Console(stderr=True, highlight=False, soft_wrap=True, width=_width)
 
 STYLES = {
     "pass": "green",

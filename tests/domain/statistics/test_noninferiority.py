@@ -96,7 +96,7 @@ def test_nothing_seen_is_nothing_shown() -> None:
     assert state.upper_limit() == 1.0
     assert not state.passed()
     assert state.candidate == ArmLosses()
-    assert "no limit yet" in state.explain()
+    assert "not limited yet" in state.explain()
     assert "undecided" in state.explain()
 
 

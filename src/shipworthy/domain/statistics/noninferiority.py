@@ -227,7 +227,7 @@ class NonInferiority(msgspec.Struct, frozen=True):
     def explain(self, alpha: float = 0.05) -> str:
         """Say in one sentence where the comparison stands."""
         upper = self.upper_limit(alpha)
-        known = "no limit yet" if upper >= 1.0 else f"below {upper:.2%}"
+        known = "not limited yet" if upper >= 1.0 else f"below {upper:.2%}"
         verdict = "not worse" if upper <= self.margin else "undecided"
         return (
             f"The candidate lost {_share(self.candidate)} and stable {_share(self.stable)}; with "
