@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Protocol
 import msgspec
 
 from shipworthy.domain.audit import AuditEntry, AuditHead
+from shipworthy.domain.erasure import Tombstone
 from shipworthy.domain.lifecycle import (
     Approval,
     Decision,
@@ -31,6 +32,7 @@ from shipworthy.domain.names import ReleaseReference, Stage
 from shipworthy.domain.plan import Key, Plan
 from shipworthy.domain.records import Record
 from shipworthy.domain.rollout import RolloutState, UnitHistory
+from shipworthy.domain.terms import Term
 
 Clock = Callable[[], float]
 """Unix time in seconds."""
@@ -182,6 +184,10 @@ class Decisions(Protocol):
         """Newest first."""
         ...
 
+    def after(self, sequence: int, limit: int) -> Iterable[tuple[int, Decision]]:
+        """Up to `limit` of those with a higher sequence, oldest first, each with its sequence."""
+        ...
+
 
 class Plans(Protocol):
     """What the gateway is told."""
@@ -209,7 +215,7 @@ class Traffic(Protocol):
 
 
 class Cursors(Protocol):
-    """How far each journal has been read, and the keeper's terms."""
+    """How far the keeper has read each journal."""
 
     def load(self) -> dict[str, int]:
         """Byte offset by segment name."""
@@ -219,12 +225,28 @@ class Cursors(Protocol):
         """Replace all of them."""
         ...
 
-    def begin_term(self) -> int:
-        """Count one more keeper; its number fences off the ones before."""
+
+class Terms(Protocol):
+    """Who decides now."""
+
+    def current(self) -> Term:
+        """The newest term; number 0 before the first."""
         ...
 
-    def term(self) -> int:
-        """The newest keeper's number: one with a lower number must stop."""
+    def put(self, term: Term) -> None:
+        """Begin a term or renew its lease."""
+        ...
+
+
+class Tombstones(Protocol):
+    """Units that were forgotten; only ever added to."""
+
+    def add(self, tombstone: Tombstone) -> int:
+        """Keep it; its sequence."""
+        ...
+
+    def after(self, sequence: int) -> list[Tombstone]:
+        """Those with a higher sequence, oldest first."""
         ...
 
 
@@ -270,6 +292,10 @@ class Transaction(Protocol):
     def traffic(self) -> Traffic: ...
     @property
     def cursors(self) -> Cursors: ...
+    @property
+    def terms(self) -> Terms: ...
+    @property
+    def tombstones(self) -> Tombstones: ...
     @property
     def audit(self) -> Audit: ...
 

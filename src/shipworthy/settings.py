@@ -4,8 +4,10 @@
     .shipworthy/             state, private to the user
     ├── ledger.db            decisions
     ├── blobs/               what releases pin
-    ├── journals/            the gateway's records
-    ├── snapshot             what the gateway obeys
+    ├── journals/            the gateway's records, until they are in the lake
+    ├── lake/                Delta tables of what was asked, answered, learnt and decided
+    ├── lake-writer.json     how far the lake's writer is
+    ├── snapshots/           what the gateway obeys
     ├── secrets/             keys that never leave this machine
     ├── replicas/            one folder for each running replica
     └── logs/
@@ -23,7 +25,7 @@ from pydantic import Field
 
 from shipworthy.domain.manifest import Document
 from shipworthy.domain.policy import Duration
-from shipworthy.errors import NotFound
+from shipworthy.errors import NotFound, UsageError
 from shipworthy.protocols.documents import read_document
 
 FILE = "shipworthy.yaml"
@@ -51,6 +53,23 @@ class JournalSettings(Document):
         return min(self.keep_bytes, self.max_bytes // 2)
 
 
+class KeeperSettings(Document):
+    """Who decides. A standby takes over within seconds when the keeper dies or hangs."""
+
+    standby: bool = True
+
+
+class LakeSettings(Document):
+    """Where records stay: a folder or `file:///…`; absent, it is in the project.
+
+    `every` is how often records are moved there, `keep` how long they stay.
+    """
+
+    url: str | None = None
+    every: Duration = 2.0
+    keep: Duration = 365 * 86_400.0
+
+
 class KeySettings(Document):
     """How long the gateway honours keys that no keeper confirms; absent: as long as it takes."""
 
@@ -64,6 +83,8 @@ class Settings(Document):
     ledger: str | None = None
     gateway: GatewaySettings = GatewaySettings()
     journal: JournalSettings = JournalSettings()
+    keeper: KeeperSettings = KeeperSettings()
+    lake: LakeSettings = LakeSettings()
     keys: KeySettings = KeySettings()
 
 
@@ -94,8 +115,30 @@ class Project:
 
     @property
     def journals(self) -> Path:
-        """The gateway's records."""
+        """The gateway's records, until they are in the lake."""
         return self.state / "journals"
+
+    @property
+    def lake(self) -> Path:
+        """The folder of the Delta tables. UsageError for a URL that names no folder."""
+        url = self.settings.lake.url
+        if url is None:
+            return self.state / "lake"
+        scheme, separator, path = url.partition("://")
+        if separator and scheme != "file":
+            message = f"lake.url: {scheme} is no kind of lake that there is; give a folder"
+            raise UsageError(message)
+        return self.root / (path if separator else url.removeprefix("file:"))
+
+    @property
+    def lake_lock(self) -> Path:
+        """Who changes the lake, its writer's state or the journals' segments holds this lock."""
+        return self.state / "lake.lock"
+
+    @property
+    def lake_writer(self) -> Path:
+        """How far the lake's writer is."""
+        return self.state / "lake-writer.json"
 
     @property
     def blobs(self) -> Path:

@@ -324,7 +324,7 @@ def test_a_snapshot_that_can_not_be_written_is_tried_again_without_a_new_term(
 
     def terms() -> int:
         with world.ledger.read() as tx:
-            return tx.cursors.term()
+            return tx.terms.current().number
 
     before = terms()
     world.keeper.publish = refuse

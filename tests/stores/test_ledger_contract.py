@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from shipworthy.domain import audit
 from shipworthy.domain.contract import Contract
+from shipworthy.domain.erasure import Tombstone
 from shipworthy.domain.findings import Finding, Verdict
 from shipworthy.domain.lifecycle import (
     Approval,
@@ -38,6 +39,7 @@ from shipworthy.domain.rollout import (
     begin,
 )
 from shipworthy.domain.statistics.guardrail import CountedUnit, ErrorGuardrail
+from shipworthy.domain.terms import Term
 from shipworthy.errors import Conflict, LedgerUnavailable
 from shipworthy.ports import Ledger, StoredKey
 
@@ -416,20 +418,34 @@ class TestDelivery:
             tx.plans.remove("digits@staging")
             assert tx.plans.all() == {"digits": plan("digits", 2)}
 
-    def test_cursors_are_replaced_and_terms_counted(self, ledger: Ledger):
+    def test_terms_follow_each_other(self, ledger: Ledger):
+        first, second = Term(number=1, holder="a", until=9.5), Term(number=2, holder="b")
         with ledger.write() as tx:
-            assert (tx.cursors.term(), tx.cursors.begin_term(), tx.cursors.begin_term()) == (
-                0,
-                1,
-                2,
-            )
+            assert tx.terms.current() == Term()
+            tx.terms.put(first)
+            assert tx.terms.current() == first
+            tx.terms.put(second)
+        with ledger.read() as tx:
+            assert tx.terms.current() == second
+
+    def test_tombstones_are_numbered_in_order(self, ledger: Ledger):
+        stones = [Tombstone(unit=unit, at=float(at), by="p") for at, unit in enumerate("aba")]
+        with ledger.write() as tx:
+            assert tx.tombstones.after(0) == []
+            numbers = [tx.tombstones.add(stone) for stone in stones]
+            kept = tx.tombstones.after(0)
+        assert [stone.sequence for stone in kept] == numbers == sorted(numbers)
+        assert [msgspec.structs.replace(stone, sequence=0) for stone in kept] == stones
+        with ledger.read() as tx:
+            assert tx.tombstones.after(numbers[1]) == kept[2:]
+
+    def test_cursors_are_replaced(self, ledger: Ledger):
+        with ledger.write() as tx:
             tx.cursors.save({"a": 1, "b": 2**40})
             tx.cursors.save({"b": 3, "c": 4})
             assert tx.cursors.load() == {"b": 3, "c": 4}
             tx.cursors.save({})
             assert tx.cursors.load() == {}
-        with ledger.read() as tx:
-            assert tx.cursors.term() == 2
 
     def test_traffic_adds_up_by_minute(self, ledger: Ledger):
         def count(minute: int, served: int, plan: str = "digits") -> TrafficCount:

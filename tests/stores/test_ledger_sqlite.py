@@ -18,6 +18,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, text
 
 from shipworthy.domain import audit
+from shipworthy.domain.terms import Term
 from shipworthy.errors import Conflict, LedgerUnavailable, UsageError
 from shipworthy.stores.ledger import SqlLedger, SqlTransaction, migrate, open_ledger, schema
 
@@ -70,7 +71,7 @@ class TestSchema:
         url = f"sqlite:///{tmp_path}/new/folder/with space?/ledger.db".replace("?", "%3F")
         migrate(url)
         with open_ledger(url) as ledger, ledger.write() as tx:
-            tx.cursors.begin_term()
+            tx.terms.put(Term(number=1))
             files = [path for path in tmp_path.rglob("*") if path.is_file()]
             assert len(files) == 3
             assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
@@ -153,7 +154,8 @@ class TestOpening:
                 act(ledger_url)
 
     def test_an_older_schema(self, ledger_url: str, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr("shipworthy.stores.ledger.ledger.REVISIONS", ("0001", "0002"))
+        newer = (*schema.REVISIONS, "next")
+        monkeypatch.setattr("shipworthy.stores.ledger.ledger.REVISIONS", newer)
         with pytest.raises(LedgerUnavailable, match="shipworthy up"):
             open_ledger(ledger_url)
 

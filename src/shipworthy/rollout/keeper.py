@@ -20,6 +20,7 @@ from shipworthy.domain.names import Stage
 from shipworthy.domain.plan import Key, Plan, Snapshot, encode_snapshot
 from shipworthy.domain.records import Record
 from shipworthy.domain.rollout import Observation, RolloutState, RolloutStatus, UnitHistory
+from shipworthy.domain.terms import Term
 from shipworthy.ports import Clock, JournalReader, Ledger
 from shipworthy.rollout.intents import close, handle_intents
 from shipworthy.rollout.plans import refresh_plans
@@ -103,7 +104,7 @@ class Keeper:
         records, cursors = self.journal.read(self._cursors or {}, BATCH)
         gathered = self.gather(records)
         with self.ledger.write() as tx:
-            if tx.cursors.term() != self._fence:
+            if tx.terms.current().number != self._fence:
                 message = f"another keeper took over from term {self._fence}; this one stops"
                 raise Superseded(message)
             turn = Turn(tx, now, self._fence, self._keeper, self.new_id, self.checklist)
@@ -130,7 +131,8 @@ class Keeper:
 
     def _begin_term(self, now: float) -> None:
         with self.ledger.write() as tx:
-            self._fence = tx.cursors.begin_term()
+            self._fence = tx.terms.current().number + 1
+            tx.terms.put(Term(number=self._fence))
             self._keeper = tx.principals.ensure("keeper", "service").id
             tx.audit.append(at=now, actor=self._keeper, act="begin term", subject=str(self._fence))
             tx.traffic.forget_before(int(now // 60) - KEEP_TRAFFIC_MINUTES)

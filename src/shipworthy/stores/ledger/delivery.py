@@ -20,8 +20,9 @@ from sqlalchemy import (
 from shipworthy.domain.lifecycle import Deployment, DeploymentState, Intent, IntentStatus
 from shipworthy.domain.plan import Plan
 from shipworthy.domain.rollout import RolloutState, UnitHistory
+from shipworthy.domain.terms import Term
 from shipworthy.stores.ledger import schema
-from shipworthy.stores.ledger.rows import all_of, first_of, replace, to_row, unreadable
+from shipworthy.stores.ledger.rows import all_of, first_of, from_row, replace, to_row, unreadable
 
 _deployments = schema.deployments.c
 _intents = schema.intents.c
@@ -29,7 +30,6 @@ _rollouts = schema.rollouts.c
 _units = schema.rollout_units.c
 _plans = schema.plans.c
 _cursors = schema.journal_cursors.c
-_term = schema.keeper_term.c
 
 _packer = msgspec.msgpack.Encoder()
 _states = msgspec.msgpack.Decoder(RolloutState)
@@ -175,7 +175,7 @@ class SqlPlans:
 
 
 class SqlCursors:
-    """How far each journal has been read, and the keeper's terms."""
+    """How far the keeper has read each journal."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -192,14 +192,21 @@ class SqlCursors:
             rows = [{"segment": name, "offset": offset} for name, offset in cursors.items()]
             self._connection.execute(insert(schema.journal_cursors), rows)
 
-    def begin_term(self) -> int:
-        """Count one more keeper; its number fences off the ones before."""
-        self._connection.execute(update(schema.keeper_term).values(number=_term.number + 1))
-        return self.term()
 
-    def term(self) -> int:
-        """The newest keeper's number, 0 before the first: one with a lower number must stop."""
-        return self._connection.execute(select(_term.number)).scalar_one()
+class SqlTerms:
+    """Who decides now."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def current(self) -> Term:
+        """The newest term; number 0 before the first."""
+        row = self._connection.execute(select(schema.keeper_term)).mappings().one()
+        return from_row(row, Term)
+
+    def put(self, term: Term) -> None:
+        """Begin a term or renew its lease."""
+        self._connection.execute(update(schema.keeper_term).values(to_row(term)))
 
 
 _all_deployments = select(schema.deployments)

@@ -1,11 +1,13 @@
-"""What was found, approved, waived and decided."""
+"""What was found, approved, waived, decided and forgotten."""
 
 from __future__ import annotations
 
 import builtins
+from collections.abc import Iterable
 
 from sqlalchemy import Connection, func, insert, select
 
+from shipworthy.domain.erasure import Tombstone
 from shipworthy.domain.findings import Finding
 from shipworthy.domain.lifecycle import Approval, Decision, StageFinding, Waiver
 from shipworthy.domain.names import Stage
@@ -16,6 +18,7 @@ _findings = schema.findings.c
 _approvals = schema.approvals.c
 _waivers = schema.waivers.c
 _decisions = schema.decisions.c
+_tombstones = schema.tombstones.c
 
 
 class SqlEvidence:
@@ -87,3 +90,37 @@ class SqlDecisions:
         if model is not None:
             query = query.where(_decisions.model == model)
         return all_of(self._connection, query, Decision)
+
+    def after(self, sequence: int, limit: int) -> Iterable[tuple[int, Decision]]:
+        """Up to `limit` of those with a higher sequence, oldest first, each with its sequence."""
+        query = (
+            select(schema.decisions)
+            .where(_decisions.sequence > sequence)
+            .order_by(_decisions.sequence)
+            .limit(limit)
+        )
+        rows = self._connection.execute(query).mappings()
+        return [(row["sequence"], from_row(row, Decision)) for row in rows]
+
+
+class SqlTombstones:
+    """Units that were forgotten; only ever added to."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def add(self, tombstone: Tombstone) -> int:
+        """Keep it; its sequence."""
+        fields = to_row(tombstone)
+        del fields["sequence"]
+        statement = insert(schema.tombstones).values(fields).returning(_tombstones.sequence)
+        return self._connection.execute(statement).scalar_one()
+
+    def after(self, sequence: int) -> builtins.list[Tombstone]:
+        """Those with a higher sequence, oldest first."""
+        query = (
+            select(schema.tombstones)
+            .where(_tombstones.sequence > sequence)
+            .order_by(_tombstones.sequence)
+        )
+        return all_of(self._connection, query, Tombstone)

@@ -21,8 +21,9 @@ from shipworthy.stores.ledger.delivery import (
     SqlIntents,
     SqlPlans,
     SqlRollouts,
+    SqlTerms,
 )
-from shipworthy.stores.ledger.evidence import SqlDecisions, SqlEvidence
+from shipworthy.stores.ledger.evidence import SqlDecisions, SqlEvidence, SqlTombstones
 from shipworthy.stores.ledger.registry import SqlPolicies, SqlReleases, SqlStages
 from shipworthy.stores.ledger.schema import REVISIONS
 from shipworthy.stores.ledger.traffic import SqlTraffic
@@ -48,6 +49,8 @@ class SqlTransaction:
         self.plans = SqlPlans(connection)
         self.traffic = SqlTraffic(connection)
         self.cursors = SqlCursors(connection)
+        self.terms = SqlTerms(connection)
+        self.tombstones = SqlTombstones(connection)
         self.audit = SqlAudit(connection)
 
 

@@ -30,7 +30,7 @@ from sqlalchemy import (
 
 from shipworthy.domain.canonical import canonical_json
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """Every schema version, oldest first. Code works with the last one alone."""
 
 
@@ -269,7 +269,18 @@ keeper_term = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("number", BigInteger, nullable=False),
+    Column("holder", String, nullable=False),
+    Column("until", _Seconds, nullable=False),
     CheckConstraint("id = 1", name="one_row"),
+)
+
+tombstones = Table(
+    "tombstones",
+    metadata,
+    _sequence(),
+    Column("unit", String, nullable=False),
+    Column("at", _Seconds, nullable=False),
+    Column("by", String, nullable=False),
 )
 
 audit_entries = Table(

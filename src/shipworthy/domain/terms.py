@@ -1,0 +1,31 @@
+"""Terms: who may decide now, and the number that fences off whoever decided before."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Term(msgspec.Struct, frozen=True, kw_only=True):
+    """One keeper's time in office; the first has number 1.
+
+    `until` is the Unix time at which its lease runs out unless it is renewed before; 0 once it was
+    given up in order.
+    """
+
+    number: int = 0
+    holder: str = ""
+    until: float = 0.0
+
+
+def held_by_another(term: Term, holder: str, now: float, lease: float) -> bool:
+    """Whether somebody else's lease still runs.
+
+    One that reaches further than a lease can (`lease` seconds) was written by a clock that ran
+    ahead, and binds nobody. Taking over too early does no harm: the number fences the other off.
+    """
+    return term.holder != holder and now < term.until <= now + lease
+
+
+def following(term: Term, holder: str, now: float, lease: float) -> Term:
+    """The next term, for `holder`."""
+    return Term(number=term.number + 1, holder=holder, until=now + lease)
