@@ -7,6 +7,7 @@
     ├── journals/            the gateway's records, until they are in the lake
     ├── lake/                Delta tables of what was asked, answered, learnt and decided
     ├── lake-writer.json     how far the lake's writer is
+    ├── lake-condition.json  how it is: its lag, and what it waits for
     ├── snapshots/           what the gateway obeys
     ├── secrets/             keys that never leave this machine
     ├── replicas/            one folder for each running replica
@@ -139,6 +140,11 @@ class Project:
     def lake_writer(self) -> Path:
         """How far the lake's writer is."""
         return self.state / "lake-writer.json"
+
+    @property
+    def lake_condition(self) -> Path:
+        """How the lake's writer is: its lag, and what it waits for."""
+        return self.state / "lake-condition.json"
 
     @property
     def blobs(self) -> Path:
