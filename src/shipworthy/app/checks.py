@@ -15,11 +15,11 @@ from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
 from shipworthy.app.access import admin_key, create_key, revoke_key
+from shipworthy.app.gateway_address import gateway_url
 from shipworthy.app.http import AiohttpClient
 from shipworthy.app.releasing import sample_request
 from shipworthy.app.serving import make_runtimes
 from shipworthy.app.session import Session, new_id
-from shipworthy.app.supervisor import gateway_url
 from shipworthy.domain.checklist import Checklist, ChecklistItem, Moment
 from shipworthy.domain.findings import Finding, Verdict
 from shipworthy.domain.gates import GateItem, GateJudgement, GateVerdict, judge_confirmation

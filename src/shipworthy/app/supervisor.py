@@ -16,13 +16,13 @@ import sys
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
 from shipworthy.app.access import admin_key
 from shipworthy.app.fleet import Fleet
-from shipworthy.app.gateway_worker import ADDRESS_FILE, WorkerOptions
+from shipworthy.app.gateway_address import gateway_file, gateway_url
+from shipworthy.app.gateway_worker import WorkerOptions
 from shipworthy.app.http import AiohttpClient
 from shipworthy.app.processes import Child
 from shipworthy.app.serving import make_runtimes
@@ -39,20 +39,6 @@ READY_SECONDS = 60.0
 _GATEWAY_GRACE, _KEEPER_GRACE = 30.0, 10.0
 
 
-class GatewayAddress(msgspec.Struct, frozen=True):
-    """What the gateway's ready file says."""
-
-    host: str
-    port: int
-    pid: int
-
-    @property
-    def url(self) -> str:
-        """Where clients call."""
-        host = "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
-
-
 @dataclass(frozen=True, slots=True)
 class Up:
     """What runs: for whoever started it."""
@@ -61,21 +47,6 @@ class Up:
     admin_key: str
     keeper: Child
     gateway: Child
-
-
-def gateway_file(project: Project) -> Path:
-    """Where the gateway says which address it got."""
-    return project.state / ADDRESS_FILE
-
-
-def gateway_url(project: Project) -> str:
-    """Where this project's gateway answers. Raises Unavailable when none has been started."""
-    try:
-        content = gateway_file(project).read_bytes()
-        return msgspec.json.decode(content, type=GatewayAddress).url
-    except (OSError, msgspec.MsgspecError) as error:
-        message = "no gateway runs here; start one with 'shipworthy up'"
-        raise Unavailable(message) from error
 
 
 @contextmanager

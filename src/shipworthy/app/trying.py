@@ -16,11 +16,12 @@ import msgspec
 from shipworthy.app import checks
 from shipworthy.app.asking import ask, await_answer
 from shipworthy.app.founding import apply_policies, make_project
+from shipworthy.app.gateway_address import gateway_url
 from shipworthy.app.http import AiohttpClient
 from shipworthy.app.releasing import look_at, register
 from shipworthy.app.session import PROJECT_VARIABLE, Session, open_session
 from shipworthy.app.status import is_running
-from shipworthy.app.supervisor import Up, gateway_url, stop_on_signals, supervise
+from shipworthy.app.supervisor import Up, stop_on_signals, supervise
 from shipworthy.domain.contract import Contract
 from shipworthy.domain.lifecycle import IntentKind, IntentStatus, Release
 from shipworthy.domain.manifest import ArtifactFormat, EndpointServing, ReleaseSpec

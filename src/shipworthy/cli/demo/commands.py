@@ -17,8 +17,8 @@ from typing import Any
 
 import typer
 
+from shipworthy.app.gateway_address import gateway_url
 from shipworthy.app.session import KEY_VARIABLE, PROJECT_VARIABLE
-from shipworthy.app.supervisor import gateway_url
 from shipworthy.errors import ShipworthyError, Unavailable
 from shipworthy.settings import Project
 
