@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from shipworthy import __version__
 from shipworthy.settings import Project
 
 PROCESSES_FILE = "processes.json"
@@ -29,11 +30,12 @@ class ChildState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Processes(msgspec.Struct, frozen=True, kw_only=True):
-    """All children of the `up` with this `pid`, which began at `since`."""
+    """All children of the `up` with this `pid`, which began at `since` and is of this `version`."""
 
     pid: int
     since: float
     children: tuple[ChildState, ...]
+    version: str = __version__
 
 
 def processes_file(project: Project) -> Path:
