@@ -349,11 +349,15 @@ class JournalReader(Protocol):
     """All workers' journals, read in order from where a cursor stands."""
 
     def read(self, cursors: Mapping[str, int], limit: int) -> tuple[list[Record], dict[str, int]]:
-        """Up to `limit` further records, and the cursors behind them."""
+        """Up to `limit` further records, and the cursors behind them; fewer where they are big."""
         ...
 
-    def discard(self, cursors: Mapping[str, int]) -> None:
-        """Delete the oldest segments that are wholly read, as far as space asks for it."""
+    def read_between(self, start: Mapping[str, int], end: Mapping[str, int]) -> list[Record]:
+        """The records between two cursors that `read` took and gave: the same ones as then."""
+        ...
+
+    def discard(self, cursors: Mapping[str, int], *others: Mapping[str, int]) -> int:
+        """Delete the closed segments that are wholly behind all these cursors; how many."""
         ...
 
 

@@ -43,15 +43,9 @@ class GatewaySettings(Document):
 
 
 class JournalSettings(Document):
-    """How much disk the gateway's records may take before they are read, and after."""
+    """How much disk the gateway's records may take until they are in the lake."""
 
     max_bytes: Annotated[int, Field(ge=MEBIBYTE)] = 1024 * MEBIBYTE
-    keep_bytes: Annotated[int, Field(ge=0)] = 256 * MEBIBYTE
-
-    @property
-    def kept(self) -> int:
-        """`keep_bytes`, but never so much that what was read leaves no room for what comes."""
-        return min(self.keep_bytes, self.max_bytes // 2)
 
 
 class KeeperSettings(Document):

@@ -377,36 +377,36 @@ class TestReader:
         reader.discard({"notes.txt": 5})
         assert len(segments(journal_folder)) == 1
 
-    def test_a_budget_of_read_segments_is_kept(
+    def test_only_what_all_have_read_is_discarded(
         self, open_writer: Open, journal_folder: Path, record: Make
     ):
         writer = open_writer(segment_bytes=1_000)
-        for number in range(60):
+        for number in range(30):
             writer.append(record(number))
         before = segments(journal_folder)
-        reader = JournalReader(journal_folder, keep_bytes=4_000)
-        _, cursors = reader.read({}, 1_000)
-        reader.discard(cursors)
-        after = segments(journal_folder)
-        assert after == before[-len(after) :]
-        assert 2_000 < sum(path.stat().st_size for path in after) <= 4_000
+        reader = JournalReader(journal_folder)
+        _, behind = reader.read({}, 10)
+        _, ahead = reader.read({}, 30)
+        gone = reader.discard(ahead, behind)
+        assert 0 < gone < len(before) - 1
+        assert segments(journal_folder) == before[gone:]
+        assert reader.discard(ahead, {}) == 0
+        assert reader.discard(ahead, ahead) == len(before) - gone - 1  # the live one stays
 
-    def test_not_too_many_segments_are_kept(
-        self,
-        open_writer: Open,
-        journal_folder: Path,
-        record: Make,
-        monkeypatch: pytest.MonkeyPatch,
+    def test_a_segment_whose_worker_died_at_its_birth_is_discarded_once_it_is_old(
+        self, open_writer: Open, journal_folder: Path, record: Make
     ):
-        monkeypatch.setattr(journal, "_MAX_SEGMENTS", 3)
-        for number in range(6):
-            writer = open_writer()
-            writer.append(record(number))
-            writer.close()
-        reader = JournalReader(journal_folder, keep_bytes=10**9)
-        _, cursors = reader.read({}, 1_000)
-        reader.discard(cursors)
-        assert len(segments(journal_folder)) == 3
+        journal_folder.mkdir()
+        young, old, live = (journal_folder / f"{n:020d}-w.journal" for n in range(3))
+        for path in (young, old, live):
+            path.write_bytes(b"SWJO")
+        for path in (old, live):
+            os.utime(path, (1.0, 1.0))
+        reader = JournalReader(journal_folder)
+        with live.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            assert reader.discard({}) == 1
+        assert segments(journal_folder) == [young, live]
 
     def test_nothing_that_came_after_the_last_read_is_discarded(
         self, open_writer: Open, journal_folder: Path, record: Make
@@ -419,6 +419,100 @@ class TestReader:
         writer.close()
         reader.discard(cursors)
         assert reader.read(cursors, 10)[0] == [record(1)]
+
+
+class TestAge:
+    def test_a_record_that_comes_late_begins_another_segment(
+        self, open_writer: Open, journal_folder: Path, record: Make, monkeypatch: pytest.MonkeyPatch
+    ):
+        clock = [100.0]
+        monkeypatch.setattr(journal.time, "monotonic", lambda: clock[0])
+        writer = open_writer()
+        for number in range(4):
+            writer.append(record(number))
+            clock[0] += journal.SEGMENT_SECONDS * 0.6
+        assert len(segments(journal_folder)) == 2
+        assert read_all(JournalReader(journal_folder)) == [record(number) for number in range(4)]
+
+    def test_an_idle_worker_ends_an_old_segment(
+        self, open_writer: Open, journal_folder: Path, record: Make, monkeypatch: pytest.MonkeyPatch
+    ):
+        clock = [100.0]
+        monkeypatch.setattr(journal.time, "monotonic", lambda: clock[0])
+        writer, reader = open_writer(), JournalReader(journal_folder)
+        writer.append(record(1))
+        _, cursors = reader.read({}, 10)
+        writer.rest()
+        assert reader.discard(cursors) == 0
+        clock[0] += journal.SEGMENT_SECONDS + 1
+        writer.rest()
+        assert reader.discard(cursors) == 1
+        writer.rest()
+        assert segments(journal_folder) == []
+        assert writer.append(record(2))
+        assert read_all(reader) == [record(2)]
+
+
+class TestReadingAgain:
+    @pytest.mark.parametrize("limit", [1, 13, 1_000])
+    def test_the_same_records_come_back(
+        self, open_writer: Open, journal_folder: Path, record: Make, limit: int
+    ):
+        writers = [open_writer(name, segment_bytes=2_000) for name in "abc"]
+        reader = JournalReader(journal_folder)
+        start: dict[str, int] = {}
+        for number in range(60):
+            writers[number % 3].append(record(number))
+            if number % 20 == 19:
+                records, end = reader.read(start, limit)
+                writers[0].append(record(100))
+                assert sorted(r.id for r in reader.read_between(start, end)) == sorted(
+                    r.id for r in records
+                )
+                start = end
+
+    def test_damage_is_passed_in_the_same_way(
+        self, open_writer: Open, journal_folder: Path, record: Make
+    ):
+        writer = open_writer()
+        for number in range(10):
+            writer.append(record(number))
+        (path,) = segments(journal_folder)
+        begin, end = frames(path)[3]
+        content = path.read_bytes()
+        path.write_bytes(content[: begin + 5] + b"\0" * (end - begin - 5) + content[end:])
+        reader = JournalReader(journal_folder)
+        start: dict[str, int] = {}
+        for _ in range(12):
+            records, after = reader.read(start, 1)
+            assert reader.read_between(start, after) == records
+            start = after
+        assert reader.read(start, 10)[0] == []
+        assert len(reader.read_between({}, start)) == 9
+
+    def test_what_is_gone_is_counted(self, open_writer: Open, journal_folder: Path, record: Make):
+        writer = open_writer()
+        writer.append(record(1))
+        reader = JournalReader(journal_folder)
+        _, end = reader.read({}, 10)
+        segments(journal_folder)[0].unlink()
+        assert reader.read_between({}, end) == []
+        assert reader.skipped == {"missing": 1}
+
+
+def test_big_records_are_read_a_few_at_a_time(
+    open_writer: Open, journal_folder: Path, record: Make
+):
+    writers = [open_writer(name) for name in "ab"]
+    for number in range(20):
+        writers[number % 2].append(record(number, request=bytes(2_000_000)))
+    reader = JournalReader(journal_folder)
+    found: list[str] = []
+    cursors: dict[str, int] = {}
+    while records := (answer := reader.read(cursors, 1_000, max_bytes=10_000_000))[0]:
+        assert len(records) <= 7
+        found, cursors = found + [each.id for each in records], answer[1]
+    assert sorted(found) == sorted(f"inference-{number}" for number in range(20))
 
 
 def five_records() -> list[InferenceRecord]:

@@ -1,4 +1,4 @@
-"""The gateway workers' journals: append-only local files, tailed by the keeper.
+"""The gateway workers' journals: append-only local files, tailed by keeper and lake writer.
 
 A worker writes segments `<creation, ns>-<worker>.journal` into a folder that all workers of a host
 share. A segment is
@@ -26,11 +26,13 @@ import os
 import re
 import secrets
 import struct
+import sys
 import time
 import zlib
 from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -42,11 +44,15 @@ MAX_RECORD = 8 * 1024 * 1024
 """Largest payload of a frame in bytes. A larger record is dropped as too large."""
 
 SEGMENT_BYTES = 16 * 1024 * 1024
+SEGMENT_SECONDS = 600.0
+"""Age at which a segment is ended, so that what it holds can be forgotten."""
+MAX_READ = 64 * 1024 * 1024
+"""Bytes of frames after which a reader gives what it has, to bound its memory."""
 _WINDOW = 1024 * 1024
 _RESCAN = 0.25  # seconds between looks for space when the journals are full
 _SCANS = 16  # looks for space while a segment fills
 _LEAST_SEGMENTS = 8  # that the journals may take together
-_MAX_SEGMENTS = 1_000  # kept when all is read, whatever space they take
+_STILLBORN = 60.0  # seconds after which a segment without a header never gets one
 
 _MAGIC = b"SWJOURNL"
 _HEADER = struct.Struct("<8sH4sII")
@@ -72,7 +78,7 @@ class JournalWriter:
         max_bytes: Most that all segments in the folder may take together; with several workers it
             is exceeded by at most a sixteenth of a segment, or one record, for each.
         segment_bytes: Size at which a new segment is begun; less when `max_bytes` is small, since
-            only what is closed can be deleted.
+            only what is closed can be deleted. One is also begun when the last is ten minutes old.
 
     """
 
@@ -94,6 +100,7 @@ class JournalWriter:
         self._marker = b""
         self._seed = 0
         self._size = 0
+        self._begun = 0.0
         self._room = 0  # bytes that may still be written before space is looked at again
         self._full = False
         self._looked = 0.0
@@ -111,7 +118,7 @@ class JournalWriter:
             return self._drop("too large")
         if total > self._room and not self._look_for_room(total):
             return self._drop("full")
-        if self._size + total > self._segment_bytes or self._descriptor < 0:
+        if self._descriptor < 0 or self._size + total > self._segment_bytes or self._is_old():
             self._begin()
             if self._descriptor < 0:
                 return self._drop("disk")
@@ -121,10 +128,18 @@ class JournalWriter:
         return self._write(buffer, total)
 
     def close(self) -> None:
-        """End the segment; nothing may be appended to it any more."""
+        """End the segment; what is appended later begins another one."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def rest(self) -> None:
+        """End a segment that is old; to be called now and then when nothing may be appended."""
+        if self._is_old():
+            self.close()
+
+    def _is_old(self) -> bool:
+        return time.monotonic() - self._begun > SEGMENT_SECONDS
 
     def _write(self, buffer: bytearray, total: int) -> bool:
         try:
@@ -189,6 +204,7 @@ class JournalWriter:
             return
         self.close()
         self._descriptor, self._marker, self._seed, self._size = descriptor, marker, seed, _START
+        self._begun = time.monotonic()
 
     def _create(self) -> int:
         """Make a file that sorts behind this worker's earlier ones, whatever the clock says."""
@@ -205,6 +221,20 @@ class JournalWriter:
         return f"{self._created:020d}-{self._worker}.journal"
 
 
+@dataclass(slots=True)
+class _Haul:
+    """Records as they are read, until there are `limit` or they took about `max_bytes`."""
+
+    limit: int
+    max_bytes: int
+    records: list[Record] = field(default_factory=list[Record])
+    taken: int = 0
+
+    @property
+    def full(self) -> bool:
+        return len(self.records) >= self.limit or self.taken >= self.max_bytes
+
+
 class JournalReader:
     """All workers' journals in a folder.
 
@@ -212,26 +242,28 @@ class JournalReader:
     `skipped`, by reason: `corrupt` (a damaged stretch between whole frames, or the end of a closed
     segment), `torn` (the incomplete end of a closed segment: never acknowledged), `unknown` (whole,
     but no record that this version knows), `version` (segments that only a newer one can read; they
-    stay unread) and `unreadable` (the system refuses to open one; tried again each time).
+    stay unread), `unreadable` (the system refuses to open one; tried again each time) and `missing`
+    (read before, and gone when it was to be read again).
 
     Args:
         folder: Where the workers of this host write.
-        keep_bytes: Most that `discard` leaves of segments, as far as they are read and closed.
 
     """
 
-    def __init__(self, folder: Path, keep_bytes: int = 0) -> None:
+    def __init__(self, folder: Path) -> None:
         self.skipped: Counter[str] = Counter()
         self._folder = folder
-        self._keep_bytes = keep_bytes
         self._decoder = msgspec.msgpack.Decoder(Record)
         self._refused: set[str] = set()
 
-    def read(self, cursors: Mapping[str, int], limit: int) -> tuple[list[Record], dict[str, int]]:
+    def read(
+        self, cursors: Mapping[str, int], limit: int, max_bytes: int = MAX_READ
+    ) -> tuple[list[Record], dict[str, int]]:
         """Up to `limit` further records, and the cursors behind them.
 
-        In order within each worker's journal; workers share the limit evenly. Cursors of segments
-        that are gone are left out.
+        Reading also ends once their frames take `max_bytes`, give or take a frame. In order within
+        each worker's journal; workers share both limits evenly. Cursors of segments that are gone
+        are left out.
         """
         try:
             segments = _segments(self._folder)
@@ -244,62 +276,81 @@ class JournalReader:
         for name, size in segments:
             if size > after.get(name, 0) and name not in self._refused:
                 unread.setdefault(_worker_of(name), []).append(name)
-        records: list[Record] = []
+        whole = _Haul(limit, max_bytes)
         queues: list[list[str]] = list(unread.values())
-        while queues and len(records) < limit:
+        while queues and not whole.full:
             # Whoever has less to say than its share leaves the rest to the others.
-            share = max(1, (limit - len(records)) // len(queues))
-            queues = [
-                names
-                for names in queues
-                if self._read_queue(names, after, records, min(limit, len(records) + share))
-            ]
-        return records, after
+            shares = len(queues)
+            queues = [names for names in queues if self._read_share(names, after, whole, shares)]
+        return whole.records, after
 
-    def discard(self, cursors: Mapping[str, int]) -> None:
-        """Delete the oldest segments that are closed and wholly read, down to `keep_bytes`."""
-        try:
-            segments = _segments(self._folder)
-        except OSError:
-            return
-        total, count = sum(size for _, size in segments), len(segments)
-        for name, size in segments:
-            if total <= self._keep_bytes and count <= _MAX_SEGMENTS:
-                return
-            if size and cursors.get(name, 0) >= size and self._delete(name, size):
-                total, count = total - size, count - 1
+    def read_between(self, start: Mapping[str, int], end: Mapping[str, int]) -> list[Record]:
+        """The records between two cursors that `read` took and gave: the same ones as then."""
+        whole = _Haul(limit=sys.maxsize, max_bytes=sys.maxsize)
+        for name, behind in end.items():
+            after = {name: start.get(name, 0)}
+            if behind <= after[name]:
+                continue
+            try:
+                with _opened(self._folder / name) as descriptor:
+                    self._read_segment(name, descriptor, after, whole, behind)
+            except FileNotFoundError:
+                self.skipped["missing"] += 1
+        return whole.records
+
+    def discard(self, cursors: Mapping[str, int], *others: Mapping[str, int]) -> int:
+        """Delete the segments that are closed and wholly behind all these cursors; how many.
+
+        Also those whose worker died before it could write anything.
+        """
+        gone = 0
+        with suppress(OSError):
+            for name, size in _segments(self._folder):
+                read = all(each.get(name, 0) >= size for each in (cursors, *others))
+                gone += (read or size < _START) and self._delete(name, size)
+        return gone
 
     def _delete(self, name: str, size: int) -> bool:
         with suppress(OSError), _opened(self._folder / name) as descriptor:
+            status = os.fstat(descriptor)
+            young = time.time() - status.st_mtime < _STILLBORN
+            if size < _START and young:  # its worker may be about to lock it
+                return False
             # The last record may have come after the folder was listed.
-            if _is_closed(descriptor) and os.fstat(descriptor).st_size == size:
+            if _is_closed(descriptor) and status.st_size == size:
                 (self._folder / name).unlink()
                 return True
         return False
 
-    def _read_queue(
-        self, names: list[str], after: dict[str, int], records: list[Record], limit: int
+    def _read_share(
+        self, names: list[str], after: dict[str, int], whole: _Haul, shares: int
     ) -> bool:
-        """Read one worker's segments, oldest first; whether the list got its `limit` records."""
+        """Read one worker's segments, oldest first; whether there was more than its share."""
+        haul = _Haul(
+            max(1, (whole.limit - len(whole.records)) // shares),
+            max(1, (whole.max_bytes - whole.taken) // shares),
+        )
         for name in names:
-            if len(records) >= limit:
+            if haul.full or whole.full:
                 break
             try:
                 with _opened(self._folder / name) as descriptor:
-                    self._read_segment(name, descriptor, after, records, limit)
+                    self._read_segment(name, descriptor, after, haul)
             except FileNotFoundError:
                 continue
             except OSError:
                 self.skipped["unreadable"] += 1
-        return len(records) >= limit
+        whole.records += haul.records
+        whole.taken += haul.taken
+        return haul.full
 
     def _read_segment(
         self,
         name: str,
         descriptor: int,
         after: dict[str, int],
-        records: list[Record],
-        limit: int,
+        haul: _Haul,
+        end: int = sys.maxsize,
     ) -> None:
         content = os.pread(descriptor, _START, 0)
         if len(content) < _START:
@@ -316,7 +367,7 @@ class JournalReader:
             self._refused.add(name)
             return
         segment = _Segment(descriptor, marker, seed, self._decoder, self.skipped)
-        after[name] = segment.read(max(after.get(name, 0), _START), records, limit)
+        after[name] = segment.read(max(after.get(name, 0), _START), end, haul)
 
 
 class _Segment:
@@ -336,29 +387,31 @@ class _Segment:
         self._decoder = decoder
         self._skipped = skipped
 
-    def read(self, offset: int, records: list[Record], limit: int) -> int:
-        """Add records until the list has `limit`; give the offset behind them."""
+    def read(self, offset: int, end: int, haul: _Haul) -> int:
+        """Read on until the haul is full, or up to `end`; give the offset behind it."""
         # Asked before reading: if it is closed now, what is read below is final.
         closed = _is_closed(self._descriptor)
-        while len(records) < limit:
-            window = os.pread(self._descriptor, _WINDOW, offset)
+        while not haul.full and offset < end:
+            window = os.pread(self._descriptor, min(_WINDOW, end - offset), offset)
             if not window:
                 break
-            used = self._decode_frames(window, records, limit)
+            used = self._decode_frames(window, haul)
             if not used:
-                behind = self._pass(offset, records, closed=closed)
+                behind = self._pass(offset, haul.records, closed=closed)
                 if behind == offset:
                     break
                 used = behind - offset
             offset += used
+            haul.taken += used
         return offset
 
-    def _decode_frames(self, window: bytes, records: list[Record], limit: int) -> int:
+    def _decode_frames(self, window: bytes, haul: _Haul) -> int:
         """Decode the whole frames that a window begins with; give the bytes that they take."""
-        position, size = 0, len(window)
+        position, size, records = 0, len(window), haul.records
         unpack, header, marker, seed = _FRAME.unpack_from, _FRAME.size, self._marker, self._seed
-        room = limit - len(records)
-        while room > 0 and position + header <= size:
+        room = haul.limit - len(records)
+        most = haul.max_bytes - haul.taken
+        while room > 0 and position < most and position + header <= size:
             found, length, checksum = unpack(window, position)
             start = position + header
             end = start + length
