@@ -20,6 +20,7 @@ from typing import BinaryIO
 from shipworthy.domain.manifest import PinnedFile
 from shipworthy.errors import IntegrityError, NotFound, Unavailable, UsageError
 from shipworthy.ports import Progress
+from shipworthy.stores.files import sync_folder
 
 CHUNK = 1024 * 1024
 """Bytes that are read, hashed and written at a time; all that a copy holds in memory."""
@@ -123,7 +124,7 @@ class LocalBlobs:
                 os.fsync(descriptor)
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
                 temporary.replace(path)
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
         return file
 
     def _open(self, digest: str) -> FileIO:
@@ -201,15 +202,6 @@ def _is_whole(path: Path, digest: str, size: int) -> bool:
             return _copy(reader, None, None)[0] == digest
     except FileNotFoundError:
         return False
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder last, not only the content of its files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
