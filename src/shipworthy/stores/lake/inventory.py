@@ -30,10 +30,11 @@ def current_files(lake: Path) -> Generator[Path]:
         raise _unreadable(lake, error.strerror) from error
     for table in tables:
         yield from sorted(path for path in (table / _LOG).iterdir() if path.is_file())
-        yield from sorted(table / path for path in _data(table))
+        yield from sorted(data_files(table))
 
 
-def _data(table: Path) -> list[str]:
+def data_files(table: Path) -> list[Path]:
+    """The files with rows of a table's newest version. Raises Unavailable when it can't be read."""
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
@@ -43,7 +44,7 @@ def _data(table: Path) -> list[str]:
     except (DeltaError, OSError) as error:
         raise _unreadable(table, str(error)) from error
     # The log spells paths as URLs do.
-    return [unquote(path) for path in paths]
+    return [table / unquote(path) for path in paths]
 
 
 def _unreadable(place: Path, why: str | None) -> Unavailable:
