@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from postgres import Databases
 
 from shipworthy.domain.records import InferenceRecord, Outcome
 from shipworthy.ports import Blobs, JournalReader, JournalWriter
@@ -26,12 +27,23 @@ def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(params=["sqlite"])
-def ledger_url(request: pytest.FixtureRequest, empty_sqlite: Path, tmp_path: Path) -> str:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a ledger could be, and is none yet."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'ledger.db'}"
+    databases: Databases = request.getfixturevalue("databases")
+    return databases.make()
+
+
+@pytest.fixture
+def ledger_url(empty_url: str, request: pytest.FixtureRequest) -> str:
     """A ledger of its own, migrated and empty."""
-    file = tmp_path / "ledger.db"
-    shutil.copyfile(empty_sqlite, file)
-    return f"{request.param}:///{file}"
+    if not empty_url.startswith("sqlite"):
+        databases: Databases = request.getfixturevalue("databases")
+        return databases.make(migrated=True)
+    shutil.copyfile(request.getfixturevalue("empty_sqlite"), empty_url.removeprefix("sqlite:///"))
+    return empty_url
 
 
 @pytest.fixture

@@ -143,7 +143,7 @@ class TestOpening:
         url = f"sqlite:///{tmp_path / 'ledger.db'}"
         execute(url, "CREATE TABLE songs (title TEXT)")
         content = file_of(url).read_bytes()
-        with pytest.raises(LedgerUnavailable, match="a file of its own"):
+        with pytest.raises(LedgerUnavailable, match="of its own"):
             act(url)
         assert file_of(url).read_bytes() == content
 

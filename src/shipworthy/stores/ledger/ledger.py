@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Self
 
-from sqlalchemy import URL, Connection, Engine, inspect, make_url, text
+from sqlalchemy import URL, Connection, Engine, String, column, inspect, make_url, select, table
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from shipworthy.errors import LedgerUnavailable, UsageError
-from shipworthy.stores.ledger import sqlite
 from shipworthy.stores.ledger.access import SqlKeys, SqlPrincipals
 from shipworthy.stores.ledger.audit import SqlAudit
+from shipworthy.stores.ledger.database import Database, missing
 from shipworthy.stores.ledger.delivery import (
     SqlCursors,
     SqlDeployments,
@@ -24,12 +22,21 @@ from shipworthy.stores.ledger.delivery import (
     SqlTerms,
 )
 from shipworthy.stores.ledger.evidence import SqlDecisions, SqlEvidence, SqlTombstones
+from shipworthy.stores.ledger.postgres import PostgresDatabase
 from shipworthy.stores.ledger.registry import SqlPolicies, SqlReleases, SqlStages
 from shipworthy.stores.ledger.schema import REVISIONS
+from shipworthy.stores.ledger.sqlite import SqliteDatabase
 from shipworthy.stores.ledger.traffic import SqlTraffic
 
 TIMEOUT = 5.0
 """Seconds that a transaction waits for another one's lock."""
+
+_KINDS: dict[str, Callable[[URL], Database]] = {
+    "sqlite": SqliteDatabase,
+    "postgresql": PostgresDatabase,
+}
+_URLS = "write sqlite:///ledger.db or postgresql://user@host/database"
+_VERSION = select(column("version_num", String)).select_from(table("alembic_version"))
 
 
 class SqlTransaction:
@@ -60,14 +67,15 @@ class SqlLedger:
     A context manager: leaving it closes the connections.
     """
 
-    def __init__(self, readers: Engine, writer: Engine) -> None:
-        self._readers = readers
-        self._writer = writer
+    def __init__(self, database: Database, timeout: float) -> None:
+        self._database = database
+        self._readers = database.open_reader(timeout)
+        self._writer = database.open_writer(timeout)
 
     @contextmanager
     def read(self) -> Generator[SqlTransaction]:
         """One consistent snapshot, which no writer waits for. Raises LedgerUnavailable."""
-        with _transaction(self._readers) as connection:
+        with self.reading() as connection:
             yield SqlTransaction(connection)
 
     @contextmanager
@@ -75,12 +83,37 @@ class SqlLedger:
         """A transaction that holds the one writer's lock from its start; commits on a clean exit.
 
         Raises:
-            LedgerUnavailable: The lock is held by another for too long, or the disk fails.
+            LedgerUnavailable: The lock is held by another for too long, the disk fails, or the
+                server is gone. If it went during the commit, only a read tells what was kept.
             Conflict: On exit, when rows refer to what is not there.
 
         """
-        with _transaction(self._writer) as connection:
+        with self.writing() as connection:
             yield SqlTransaction(connection)
+
+    @contextmanager
+    def reading(self) -> Generator[Connection]:
+        """As `read`, for what works on whole tables."""
+        with _transaction(self._readers) as connection:
+            self._database.hold_schema(connection)
+            self._check_version(connection)
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Generator[Connection]:
+        """As `write`, for what works on whole tables."""
+        with _transaction(self._writer) as connection:
+            self._check_version(connection)
+            yield connection
+
+    def _check_version(self, connection: Connection) -> None:
+        """Stop a process that has outlived an upgrade before it misreads or miswrites a row."""
+        _check_version(connection.execute(_VERSION).scalar(), self._database.name)
+
+    def check(self) -> None:
+        """LedgerUnavailable unless it is a ledger, and of this version."""
+        with _transaction(self._readers) as connection:
+            _check_version(schema_version(connection, self._database.name), self._database.name)
 
     def close(self) -> None:
         """Close the connections; transactions still under way keep theirs until they end."""
@@ -98,7 +131,8 @@ def open_ledger(url: str, *, timeout: float = TIMEOUT) -> SqlLedger:
     """Open an existing ledger of this version's schema.
 
     Args:
-        url: `sqlite:///relative/path.db` or `sqlite:////absolute/path.db`.
+        url: `sqlite:///relative/path.db`, `sqlite:////absolute/path.db` or
+            `postgresql://user@host/database`.
         timeout: Seconds that a transaction waits for another one's lock.
 
     Raises:
@@ -106,17 +140,15 @@ def open_ledger(url: str, *, timeout: float = TIMEOUT) -> SqlLedger:
         LedgerUnavailable: It is missing, not readable, or of another schema version.
 
     """
-    file = sqlite.file_of(_parse(url))
-    if not file.is_file():
-        raise LedgerUnavailable(_missing(file))
-    readers = sqlite.open_reader(file, timeout)
+    database = database_at(url)
+    database.require()
+    ledger = SqlLedger(database, timeout)
     try:
-        with _transaction(readers) as connection:
-            _check_version(schema_version(connection, file), file)
+        ledger.check()
     except BaseException:
-        readers.dispose()
+        ledger.close()
         raise
-    return SqlLedger(readers, sqlite.open_writer(file, timeout))
+    return ledger
 
 
 def migrate(url: str, *, timeout: float = TIMEOUT) -> None:
@@ -129,85 +161,75 @@ def migrate(url: str, *, timeout: float = TIMEOUT) -> None:
         LedgerUnavailable: It can't be written, is something else, or of a newer version.
 
     """
+    database = database_at(url)
+    database.create()
+    migrator = database.open_migrator(timeout)
+    try:
+        with _transaction(migrator) as connection:
+            _check_migratable(connection, database.name)
+        database.prepare(timeout)
+        with _transaction(migrator) as connection:
+            if _check_migratable(connection, database.name) != REVISIONS[-1]:
+                database.take_schema(connection)
+                _upgrade(connection, REVISIONS[-1])
+    finally:
+        migrator.dispose()
+
+
+def database_at(url: str) -> Database:
+    """Give the database that a URL names; UsageError when it names none."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # which may quote a password, so nobody sees it
+        raise UsageError(f"the ledger's address is no database URL; {_URLS}") from None
+    kind = _KINDS.get(parsed.get_backend_name())
+    if kind is None:
+        raise UsageError(f"{parsed.drivername} is no kind of ledger that there is; {_URLS}")
+    return kind(parsed)
+
+
+def _upgrade(connection: Connection, revision: str) -> None:
     from alembic import command
     from alembic.config import Config
 
-    file = sqlite.file_of(_parse(url))
-    _create(file)
-    # Rebuilding a table, which is how SQLite alters one, must not trip over those that refer to it.
-    writer = sqlite.open_writer(file, timeout, enforce_keys=False)
-    try:
-        with _transaction(writer) as connection:
-            _check_migratable(connection, file)
-        sqlite.use_wal(file, timeout)  # can't be done in a transaction
-        with _transaction(writer) as connection:
-            _check_migratable(connection, file)
-            config = Config()
-            config.set_main_option("script_location", f"{__package__}:migrations")
-            config.attributes["connection"] = connection
-            command.upgrade(config, REVISIONS[-1])
-    finally:
-        writer.dispose()
+    config = Config()
+    config.set_main_option("script_location", f"{__package__}:migrations")
+    config.attributes["connection"] = connection
+    command.upgrade(config, revision)
 
 
-def schema_version(connection: Connection, file: Path) -> str | None:
+def schema_version(connection: Connection, name: str) -> str | None:
     """The revision of the schema; None for an empty database, LedgerUnavailable for another's."""
     tables = inspect(connection).get_table_names()
     if not tables:
         return None
     if "alembic_version" in tables and "audit_head" in tables:
-        return connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
+        return connection.execute(_VERSION).scalar_one()
     raise LedgerUnavailable(
-        f"{file} is the database of something else; give the ledger a file of its own"
+        f"{name} is the database of something else; give the ledger a database of its own"
     )
 
 
-def _check_migratable(connection: Connection, file: Path) -> None:
-    version = schema_version(connection, file)
+def _check_migratable(connection: Connection, name: str) -> str | None:
+    version = schema_version(connection, name)
     if version is not None and version not in REVISIONS:
-        _check_version(version, file)
+        _check_version(version, name)
+    return version
 
 
-def _check_version(version: str | None, file: Path) -> None:
+def _check_version(version: str | None, name: str) -> None:
     if version is None:
-        raise LedgerUnavailable(_missing(file))
+        raise missing(name)
     if version not in REVISIONS:
         raise LedgerUnavailable(
-            f"the ledger {file} has schema {version}, which a newer Shipworthy made (this one knows"
+            f"the ledger {name} has schema {version}, which a newer Shipworthy made (this one knows"
             f" {REVISIONS[-1]}); upgrade Shipworthy"
         )
     if version != REVISIONS[-1]:
         raise LedgerUnavailable(
-            f"the ledger {file} has schema {version} and this version needs {REVISIONS[-1]};"
+            f"the ledger {name} has schema {version} and this version needs {REVISIONS[-1]};"
             " `shipworthy up` brings it up to date"
         )
-
-
-def _missing(file: Path) -> str:
-    return f"there is no ledger at {file}; put it back, or let `shipworthy up` make one"
-
-
-def _parse(url: str) -> URL:
-    try:
-        parsed = make_url(url)
-    except ArgumentError as error:
-        raise UsageError(f"{url!r} is no database URL; write sqlite:///ledger.db") from error
-    if parsed.drivername not in {"sqlite", "sqlite+pysqlite"}:
-        raise UsageError(
-            f"{parsed.drivername} is no kind of ledger that there is; write sqlite:///ledger.db"
-        )
-    return parsed
-
-
-def _create(file: Path) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
-    except OSError as error:
-        raise LedgerUnavailable(
-            f"the ledger {file} can't be made ({error.strerror}); check the path and the"
-            " permissions of its folder"
-        ) from error
 
 
 @contextmanager

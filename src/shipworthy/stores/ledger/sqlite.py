@@ -11,16 +11,18 @@ deleted because they had been counted. The price is one fsync a commit, at a few
 
 from __future__ import annotations
 
+import os
 import sqlite3
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, Table, create_engine, event
 from sqlalchemy.pool import QueuePool
 
 from shipworthy.errors import Conflict, LedgerUnavailable, ShipworthyError, UsageError
+from shipworthy.stores.ledger.database import missing
 
 _READERS = 5
 _WAL_LIMIT = 64 * 1024 * 1024
@@ -40,39 +42,81 @@ _CURES = {
 }
 
 
-def file_of(url: URL) -> Path:
-    """The database file that a URL names; UsageError for one in memory."""
-    if not url.database or url.database == ":memory:" or url.query:
-        raise UsageError(
-            f"{url} names no file; write sqlite:///relative/path.db or sqlite:////absolute/path.db"
+class SqliteDatabase:
+    """A ledger in a file; implements `database.Database`."""
+
+    def __init__(self, url: URL) -> None:
+        """Raises UsageError for a URL that names no file."""
+        if not url.database or url.database == ":memory:" or url.query:
+            raise UsageError(
+                f"{url.render_as_string()} names no file; write sqlite:///relative/path.db or"
+                " sqlite:////absolute/path.db"
+            )
+        self._file = Path(url.database).absolute()
+
+    @property
+    def name(self) -> str:
+        """The file."""
+        return str(self._file)
+
+    def require(self) -> None:
+        """LedgerUnavailable when the file is missing."""
+        if not self._file.is_file():
+            raise missing(self.name)
+
+    def create(self) -> None:
+        """Make the file, for its owner alone."""
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise LedgerUnavailable(
+                f"the ledger {self._file} can't be made ({error.strerror}); check the path and the"
+                " permissions of its folder"
+            ) from error
+
+    def prepare(self, timeout: float) -> None:
+        """Switch to write-ahead logging."""
+        try:
+            with closing(_connect(self._file, "rw", timeout)) as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.Error as error:
+            raise _translated(error, self._file) from error
+
+    def open_reader(self, timeout: float) -> Engine:
+        """Connections that can only read; each transaction is one snapshot."""
+        return _engine(self._file, "ro", "BEGIN", timeout, connections=_READERS)
+
+    def open_writer(self, timeout: float) -> Engine:
+        """One connection, which holds the writer's lock throughout a transaction."""
+        return _engine(self._file, "rw", "BEGIN IMMEDIATE", timeout, connections=1)
+
+    def open_migrator(self, timeout: float) -> Engine:
+        """A writer that lets rows refer to missing ones: altering a table means rebuilding it."""
+        return _engine(
+            self._file, "rw", "BEGIN IMMEDIATE", timeout, connections=1, enforce_keys=False
         )
-    return Path(url.database).absolute()
 
+    def hold_schema(self, connection: Connection) -> None:
+        """Nothing to do: a snapshot holds the tables as well as their rows."""
 
-def open_reader(file: Path, timeout: float) -> Engine:
-    """Give an engine whose connections can only read; each transaction is one snapshot."""
-    return _engine(file, "ro", "BEGIN", timeout, connections=_READERS)
+    def take_schema(self, connection: Connection) -> None:
+        """Nothing to do: readers keep the tables that they saw first."""
 
+    @contextmanager
+    def unguarded(self, connection: Connection, table: str) -> Generator[None]:
+        """Take the triggers away and put them back; it is all one transaction."""
+        triggers = connection.exec_driver_sql(
+            "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ?", (table,)
+        ).all()
+        for name, _ in triggers:
+            connection.exec_driver_sql(f'DROP TRIGGER "{name}"')
+        yield
+        for _, statement in triggers:
+            connection.exec_driver_sql(statement)
 
-def open_writer(file: Path, timeout: float, *, enforce_keys: bool = True) -> Engine:
-    """Give an engine of one connection that holds the writer's lock throughout a transaction.
-
-    Args:
-        file: An existing file.
-        timeout: Seconds to wait for another writer.
-        enforce_keys: Whether rows must not refer to missing ones.
-
-    """
-    return _engine(file, "rw", "BEGIN IMMEDIATE", timeout, connections=1, enforce_keys=enforce_keys)
-
-
-def use_wal(file: Path, timeout: float) -> None:
-    """Switch a database to write-ahead logging, for good; raises LedgerUnavailable."""
-    try:
-        with closing(_connect(file, "rw", timeout)) as connection:
-            connection.execute("PRAGMA journal_mode = WAL")
-    except sqlite3.Error as error:
-        raise translated(error, file) from error
+    def continue_sequence(self, connection: Connection, table: Table) -> None:
+        """Nothing to do: the next number is one more than the highest."""
 
 
 def _engine(
@@ -129,13 +173,12 @@ def _connect(
 
 def _error_handler(file: Path) -> Callable[[ExceptionContext], None]:
     def handle(context: ExceptionContext) -> NoReturn:
-        raise translated(context.original_exception, file) from context.original_exception
+        raise _translated(context.original_exception, file) from context.original_exception
 
     return handle
 
 
-def translated(error: BaseException, file: Path) -> ShipworthyError:
-    """Give what an error of the database means to people, with the cure."""
+def _translated(error: BaseException, file: Path) -> ShipworthyError:
     if isinstance(error, sqlite3.IntegrityError):
         return Conflict(
             f"the ledger refuses this change ({error}); read what it holds now and try again"

@@ -27,6 +27,20 @@ CREATE TRIGGER audit_head_update BEFORE UPDATE ON audit_head
 WHEN NEW.sequence <> OLD.sequence + 1
 BEGIN SELECT RAISE(ABORT, 'the head of the audit log goes forward by one'); END
 """
+_POSTGRESQL = """
+CREATE FUNCTION audit_refuses() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN RAISE EXCEPTION USING MESSAGE = TG_ARGV[0], ERRCODE = 'integrity_constraint_violation'; END
+$$;
+CREATE TRIGGER audit_entries_update BEFORE UPDATE ON audit_entries
+EXECUTE FUNCTION audit_refuses('the audit log is append-only');
+CREATE TRIGGER audit_entries_delete BEFORE DELETE OR TRUNCATE ON audit_entries
+EXECUTE FUNCTION audit_refuses('the audit log is append-only');
+CREATE TRIGGER audit_head_delete BEFORE DELETE OR TRUNCATE ON audit_head
+EXECUTE FUNCTION audit_refuses('the audit log has a head');
+CREATE TRIGGER audit_head_update BEFORE UPDATE ON audit_head
+FOR EACH ROW WHEN (NEW.sequence <> OLD.sequence + 1)
+EXECUTE FUNCTION audit_refuses('the head of the audit log goes forward by one');
+"""
 
 
 def upgrade() -> None:
@@ -297,3 +311,5 @@ def _audit() -> None:
         op.execute(_APPEND_ONLY.format(act="DELETE"))
         op.execute(_HEAD_STAYS)
         op.execute(_HEAD_ADVANCES)
+    else:
+        op.execute(_POSTGRESQL)
