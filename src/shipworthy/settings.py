@@ -132,8 +132,8 @@ class Project:
 
     @property
     def lake_writer(self) -> Path:
-        """How far the lake's writer is."""
-        return self.state / "lake-writer.json"
+        """How far the lake's writer is: of no use without the lake, so it is kept there."""
+        return self.lake / "writer.json"
 
     @property
     def lake_condition(self) -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -16,9 +18,16 @@ from shipworthy.app.session import Session, open_session
 from shipworthy.errors import ShipworthyError
 from shipworthy.loops import run_until
 from shipworthy.settings import Project
+from shipworthy.stores.journal import JournalReader
 from shipworthy.stores.lake.state import Condition
+from shipworthy.stores.lake.writer import Files, LakeWriter
 
 log = logging.getLogger(__name__)
+
+BETWEEN_SECONDS = 0.05
+"""How long the lake's lock is free between batches."""
+LONGEST_WAIT = 5.0
+"""Seconds between tries, through faults."""
 
 
 def read_condition(project: Project) -> Condition | None:
@@ -29,8 +38,28 @@ def read_condition(project: Project) -> Condition | None:
         return None
 
 
-def make_work(session: Session) -> None:
-    """Nothing yet."""
+def make_writer(session: Session) -> LakeWriter:
+    """The writer of a project's lake."""
+    project = session.project
+    return LakeWriter(
+        files=Files(
+            lake=project.lake,
+            place=project.lake_writer,
+            condition=project.lake_condition,
+            lock=project.lake_lock,
+        ),
+        journal=JournalReader(project.journals),
+        ledger=session.ledger,
+        clock=session.clock,
+        new_slot=partial(secrets.token_hex, 8),
+        keep=project.settings.lake.keep,
+    )
+
+
+def move_all(writer: LakeWriter, stop: threading.Event) -> None:
+    """Move what there is, letting others at the lake in between; at a stop no more than a batch."""
+    while writer.cycle() and not stop.wait(BETWEEN_SECONDS):
+        pass
 
 
 def main(folder: Path) -> int:
@@ -49,8 +78,9 @@ def main(folder: Path) -> int:
     follow_parent(stop.set)
     try:
         session = open_session(folder)
+        work = partial(move_all, make_writer(session), stop)
         every = session.project.settings.lake.every
-        run_until(stop, lambda: make_work(session), every=every)
+        run_until(stop, work, every=every, longest_wait=max(every, LONGEST_WAIT))
     except ShipworthyError as error:
         log.warning("%s", error)
         return 3

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
+
+from shipworthy.errors import IntegrityError, Unavailable
+from shipworthy.stores.files import replace_file
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -10,7 +15,10 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 
     The batch holds the records between the cursors `start` and `end`; both are byte offsets by
     segment name. It is written by the writer named `slot` as its transaction `batch`; whether a
-    table has it is the table's to say. `forgotten` is the newest tombstone whose unit was deleted.
+    table has it is the table's to say. Once all have it, `start` is `end`.
+
+    `forgotten` is the newest tombstone whose unit was deleted, and `purge` the Unix time from which
+    the files that it was in may be removed; None when they are gone.
     """
 
     slot: str
@@ -18,6 +26,12 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     start: dict[str, int] = {}
     end: dict[str, int] = {}
     forgotten: int = 0
+    purge: float | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether every table has the batch."""
+        return self.start == self.end
 
 
 class Condition(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,3 +48,27 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     records: int = 0
     skipped: dict[str, int] = {}
     problem: str = ""
+
+
+def load_place(file: Path) -> Place | None:
+    """The place; None where nothing was written yet. Raises IntegrityError when it is damaged."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Place)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        message = f"can't read {file} ({error.strerror}); check its permissions"
+        raise Unavailable(message) from error
+    except msgspec.MsgspecError as error:
+        message = f"{file} is damaged ({error}); restore it and the lake from a backup"
+        raise IntegrityError(message) from error
+
+
+def save_place(file: Path, place: Place) -> None:
+    """Have the place on the disk when this returns; Unavailable when that refuses."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        message = f"can't make {file.parent} ({error.strerror}); check its permissions"
+        raise Unavailable(message) from error
+    replace_file(file, msgspec.json.encode(place), sync=True)

@@ -1,0 +1,281 @@
+"""One Delta table, as its only writer sees it."""
+
+# deltalake and arro3 type their arguments with bare generics.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+
+from arro3.core import RecordBatch
+from deltalake import (
+    ColumnProperties,
+    CommitProperties,
+    DeltaTable,
+    Field,
+    Schema,
+    Transaction,
+    WriterProperties,
+    write_deltalake,
+)
+from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.schema import PrimitiveType
+
+from shipworthy.domain.erasure import Tombstone
+from shipworthy.errors import Unavailable
+from shipworthy.stores.lake.schema import FEEDBACK, INFERENCES, Table
+
+TARGET_BYTES = 128 * 1024 * 1024
+"""Size of file that compaction aims at."""
+
+_EPOCH = date(1970, 1, 1)
+_ROW_GROUP = 131_072
+_STATISTICS = "delta.dataSkippingStatsColumns"
+_PROPERTIES = {
+    "delta.checkpointInterval": "50",
+    "delta.logRetentionDuration": "interval 1 hours",
+    "delta.deletedFileRetentionDuration": "interval 1 hours",
+    "delta.enableExpiredLogCleanup": "true",
+}
+_ABOUT = {INFERENCES: "time", FEEDBACK: "asked"}
+"""The tables that know of units, and the column with the time of the request in question."""
+
+
+class LakeTable:
+    """A table of the lake, open for writing. Whoever has one holds the lake's lock.
+
+    Every method raises Unavailable when it can't be done; the object is of no use then, since the
+    table may have changed or not: open it anew.
+    """
+
+    def __init__(self, lake: Path, table: Table) -> None:
+        """Open the table, made when there is none, and given what columns it lacks."""
+        self.table = table
+        self._place = lake / table.name
+        self._versions_before: list[tuple[float, int]] = []  # before files were replaced, and when
+        with self._explained():
+            self._delta = self._open()
+            self._adapt()
+        known = {column.name for column in table.columns}
+        self._has_more = any(field.name not in known for field in self._delta.schema().fields)
+        self._writing = _writer_properties(table)
+
+    def written(self, writer: str) -> int | None:
+        """The newest transaction of that writer that this table has."""
+        with self._explained():
+            return self._delta.transaction_version(writer)
+
+    def append(self, rows: RecordBatch, writer: str, number: int) -> None:
+        """Commit rows as the writer's transaction of that number."""
+        with self._explained():
+            write_deltalake(
+                self._delta,
+                rows,
+                mode="append",
+                schema_mode="merge" if self._has_more else None,
+                writer_properties=self._writing,
+                commit_properties=_committing(Transaction(writer, number)),
+            )
+
+    # --- upkeep -------------------------------------------------------------------------------
+
+    def small_files(self) -> Counter[date | None]:
+        """How many files that could be merged each day has; the day is None in a table without."""
+        with self._explained():
+            files = self._delta.get_add_actions(flatten=True)
+        sizes = cast("list[int]", files["size_bytes"].to_pylist())
+        days: list[Any] = [None] * len(sizes)
+        if self.table.by_day:
+            days = list(cast("Iterable[Any]", files["partition.day"].to_pylist()))
+        return Counter(
+            day for day, size in zip(days, sizes, strict=True) if size < TARGET_BYTES // 2
+        )
+
+    def compact(self, day: date | None, now: float) -> None:
+        """Merge a day's small files."""
+        with self._explained(), self._replacing(now):
+            self._delta.optimize.compact(
+                partition_filters=None if day is None else [("day", "=", day.isoformat())],
+                target_size=TARGET_BYTES,
+                max_concurrent_tasks=1,
+                writer_properties=self._writing,
+                commit_properties=_committing(),
+            )
+
+    def drop_before(self, day: date, now: float) -> bool:
+        """Drop the days before that one; whether there were any."""
+        if not self.table.by_day:
+            return False
+        with self._explained(), self._replacing(now):
+            if not any(date.fromisoformat(each["day"]) < day for each in self._delta.partitions()):
+                return False
+            self._delta.delete(
+                f"day < '{day.isoformat()}'",
+                writer_properties=self._writing,
+                commit_properties=_committing(),
+            )
+            return True
+
+    def forget(self, tombstones: Iterable[Tombstone], now: float) -> None:
+        """Delete what is recorded of these units until they were forgotten."""
+        about = _ABOUT.get(self.table)
+        predicate = " OR ".join(_forgotten(each, about) for each in tombstones if about)
+        if not predicate:
+            return
+        with self._explained(), self._replacing(now):
+            self._delta.delete(
+                predicate, writer_properties=self._writing, commit_properties=_committing()
+            )
+
+    def sweep(self) -> None:
+        """Remove what no version of the last hour refers to."""
+        with self._explained():
+            self._delta.vacuum(dry_run=False, full=True, commit_properties=_committing())
+
+    def purge(self, now: float, grace: float) -> bool:
+        """Remove at once what is not referred to, but for what somebody may read still.
+
+        That is what was replaced within the last `grace` seconds by this object; whether there was
+        none.
+        """
+        recent = [number for at, number in self._versions_before if now - grace < at <= now]
+        with self._explained():
+            self._delta.vacuum(
+                0,
+                dry_run=False,
+                enforce_retention_duration=False,
+                full=True,
+                keep_versions=recent or None,
+                commit_properties=_committing(),
+            )
+        self._versions_before = self._versions_before[len(self._versions_before) - len(recent) :]
+        return not recent
+
+    @contextmanager
+    def _replacing(self, now: float) -> Generator[None]:
+        before = self._delta.version()
+        yield
+        if self._delta.version() != before:
+            self._versions_before.append((now, before))
+
+    # --- opening ------------------------------------------------------------------------------
+
+    def _open(self) -> DeltaTable:
+        if DeltaTable.is_deltatable(str(self._place)):
+            return DeltaTable(self._place)
+        fields = [Field(each.name, PrimitiveType(each.type)) for each in self.table.columns]
+        return DeltaTable.create(
+            self._place,
+            Schema(fields),
+            mode="ignore",
+            partition_by=["day"] if self.table.by_day else None,
+            configuration={**_PROPERTIES, _STATISTICS: ",".join(_counted(self.table))},
+        )
+
+    def _adapt(self) -> None:
+        """Bring a table that an earlier version made up to this one."""
+        types = {
+            field.name: getattr(field.type, "type", "nested")
+            for field in self._delta.schema().fields
+        }
+        days = ["day"] if self.table.by_day else []
+        if types and self._delta.metadata().partition_columns != days:
+            raise self._unlike(f"is not partitioned by {days or 'nothing'}")
+        for column in self.table.columns:
+            found = types.get(column.name, column.type)
+            if found != column.type:
+                raise self._unlike(f"has a column {column.name} of {found}, not {column.type}")
+        lacking = [each for each in self.table.columns if each.name not in types]
+        if lacking:
+            fields = [Field(each.name, PrimitiveType(each.type)) for each in lacking]
+            self._delta.alter.add_columns(fields, commit_properties=_committing())
+        self._keep_personal_out()
+
+    def _keep_personal_out(self) -> None:
+        """Have the log keep statistics of what it may, and of what a newer version says it may."""
+        found = self._delta.metadata().configuration.get(_STATISTICS)
+        personal = {column.name for column in self.table.columns} - set(self.table.plain)
+        kept = [name for name in (found or "").split(",") if name and name not in personal]
+        counted = [*kept, *(name for name in _counted(self.table) if name not in kept)]
+        if ",".join(counted) != found:
+            self._delta.alter.set_table_properties(
+                {_STATISTICS: ",".join(counted)}, commit_properties=_committing()
+            )
+
+    def _unlike(self, what: str) -> Unavailable:
+        return Unavailable(
+            f"the table {self._place} {what}: something else made it; move it away, and what it"
+            " holds with it"
+        )
+
+    @contextmanager
+    def _explained(self) -> Generator[None]:
+        try:
+            yield
+        except CommitFailedError as error:
+            message = (
+                f"something else changed {self._place} ({_first_line(error)}); only the lake's"
+                " writer may, so stop the other one"
+            )
+            raise Unavailable(message) from error
+        except (DeltaError, OSError) as error:
+            message = (
+                f"the table {self._place} can't be used ({_first_line(error)}); {_cure(error)}"
+            )
+            raise Unavailable(message) from error
+
+
+def lake_has_tables(lake: Path) -> bool:
+    """Whether anything was ever written there."""
+    return any(lake.glob("*/_delta_log/*"))
+
+
+def day_of(time: float) -> date:
+    """The UTC day of a Unix time."""
+    return _EPOCH + timedelta(seconds=time)
+
+
+def _committing(*transactions: Transaction) -> CommitProperties:
+    # Whoever loses a race must look at the transactions again before it retries.
+    return CommitProperties(app_transactions=list(transactions), max_commit_retries=0)
+
+
+def _counted(table: Table) -> list[str]:
+    return [name for name in table.plain if name != "day"]
+
+
+def _writer_properties(table: Table) -> WriterProperties:
+    """Only columns that are known not to be personal get dictionaries and statistics."""
+    plain = ColumnProperties(dictionary_enabled=True, statistics_enabled="CHUNK")
+    return WriterProperties(
+        compression="ZSTD",
+        compression_level=1,
+        max_row_group_size=_ROW_GROUP,
+        default_column_properties=ColumnProperties(
+            dictionary_enabled=False, statistics_enabled="NONE"
+        ),
+        column_properties=dict.fromkeys(_counted(table), plain),
+    )
+
+
+def _forgotten(tombstone: Tombstone, about: str) -> str:
+    """What is to be deleted, said so that the log, which keeps this, doesn't name the unit."""
+    unit = hashlib.sha256(tombstone.unit.encode()).hexdigest()
+    until = datetime.fromtimestamp(tombstone.at, UTC).isoformat(timespec="microseconds")
+    return f"(sha256(unit) = X'{unit}' AND ({about} IS NULL OR {about} <= '{until}'))"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].strip()
+
+
+def _cure(error: Exception) -> str:
+    if "No space left" in str(error) or "os error 28" in str(error):
+        return "make room on its disk"
+    return "check its permissions and its disk, or restore it from a backup"

@@ -1,0 +1,266 @@
+"""The lake's one writer: from the journals and the ledger into Delta tables, exactly once.
+
+Records go in numbered batches. Before anything of a batch is written, its number and the cursors
+that it lies between are on the disk; each table takes its rows together with that number, or
+neither. A writer that is killed anywhere goes on with the same batch: journals don't change, so the
+same records are read again, and only tables that lack the number are written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from arro3.core import RecordBatch
+
+from shipworthy.domain.erasure import Tombstone, is_forgotten
+from shipworthy.domain.lifecycle import Decision
+from shipworthy.domain.records import Record
+from shipworthy.errors import IntegrityError, LedgerUnavailable, ShipworthyError, Unavailable
+from shipworthy.ports import Clock, Ledger
+from shipworthy.stores.files import locked, replace_file
+from shipworthy.stores.journal import JournalReader
+from shipworthy.stores.lake import schema
+from shipworthy.stores.lake.rows import Unfit, decision_rows, rows_of, split_unfit
+from shipworthy.stores.lake.state import Condition, Place, load_place, save_place
+from shipworthy.stores.lake.tables import LakeTable, lake_has_tables
+from shipworthy.stores.lake.upkeep import Upkeep
+
+log = logging.getLogger(__name__)
+
+BATCH_RECORDS = 50_000
+BATCH_BYTES = 64 * 1024 * 1024
+READERS_SECONDS = 300.0
+"""How long whoever reads a table may need the files that it began with, at most."""
+_DECISIONS, _UNITS = 1_000, 100  # at a time
+_BATCHED = (schema.INFERENCES, schema.FEEDBACK, schema.MINUTES)
+DECISIONS_WRITER = "decisions"
+"""Whose transactions the table of decisions numbers: by the ledger's sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where the writer finds and keeps things; who holds `lock` may change the lake."""
+
+    lake: Path
+    place: Path
+    condition: Path
+    lock: Path
+
+
+@dataclass(slots=True)
+class _Opened:
+    """What holds for as long as nobody else changes it."""
+
+    place: Place
+    tables: dict[schema.Table, LakeTable]
+    upkeep: Upkeep
+
+
+@dataclass(slots=True)
+class LakeWriter:
+    """Moves records. Call `cycle` often; it does little when nothing happened.
+
+    `new_slot` names a writer that there never was; `keep` is how many seconds records stay.
+    """
+
+    files: Files
+    journal: JournalReader
+    ledger: Ledger
+    clock: Clock
+    new_slot: Callable[[], str]
+    keep: float
+    batch_records: int = BATCH_RECORDS
+    _opened: _Opened | None = None
+    _tombstones: list[Tombstone] | None = None
+    _complete: float = 0.0
+    _committed: float | None = None
+    _records: int = 0
+    _unfit: int = 0
+    _problem: str = ""
+
+    def cycle(self) -> bool:
+        """Move one batch, and do a piece of upkeep; whether there is more to be done at once.
+
+        Raises Unavailable and IntegrityError for what keeps it from going on; the records wait in
+        the journals then, and the next call tries again.
+        """
+        self._problem = ""
+        try:
+            with locked(self.files.lock):
+                return self._cycle()
+        except ShipworthyError as error:
+            # What memory holds may differ from what was written: begin again from the disk.
+            self._opened, self._problem = None, str(error)
+            raise
+        finally:
+            self._tell()
+
+    def _cycle(self) -> bool:
+        now = self.clock()
+        opened = self._opened
+        if opened is None:
+            opened = self._opened = self._open(now)
+        cursors, decisions = self._ask_ledger(opened)
+        if not opened.place.done:
+            self._write(opened, self._journal_between(opened.place))
+        more = self._move(opened, now)
+        if decisions:
+            table = opened.tables[schema.DECISIONS]
+            table.append(decision_rows(decisions), DECISIONS_WRITER, decisions[-1][0])
+        if cursors is not None:
+            self.journal.discard(opened.place.end, cursors)
+        forgot = self._forget(opened, now)
+        return more or len(decisions) == _DECISIONS or forgot or opened.upkeep.step(now)
+
+    # --- opening ------------------------------------------------------------------------------
+
+    def _open(self, now: float) -> _Opened:
+        place = load_place(self.files.place) or self._first_place()
+        tables = {each: LakeTable(self.files.lake, each) for each in schema.TABLES}
+        for table in _BATCHED:
+            written = tables[table].written(place.slot) or 0
+            if written > place.batch:
+                message = (
+                    f"the lake's {table.name} have batch {written} and {self.files.place} knows of"
+                    f" {place.batch}: one of them is older; restore both from the same backup"
+                )
+                raise IntegrityError(message)
+        if place.purge is not None:
+            # Who replaced the files that are to be removed is not known here, so wait in full.
+            place = msgspec.structs.replace(place, purge=now + READERS_SECONDS)
+        return _Opened(place, tables, Upkeep(tables, self.keep))
+
+    def _first_place(self) -> Place:
+        if lake_has_tables(self.files.lake):
+            message = (
+                f"{self.files.place} is gone, so nobody can tell which records the lake has; put it"
+                f" back from a backup, or move {self.files.lake} away to begin a new lake"
+            )
+            raise IntegrityError(message)
+        place = Place(slot=self.new_slot())
+        save_place(self.files.place, place)
+        return place
+
+    # --- the ledger ---------------------------------------------------------------------------
+
+    def _ask_ledger(
+        self, opened: _Opened
+    ) -> tuple[dict[str, int] | None, list[tuple[int, Decision]]]:
+        """How far the keeper has read, if that can be told, and what was decided since.
+
+        Also learns what was forgotten. With the ledger away, records go on by what was known
+        before; but not before anything was.
+        """
+        known = self._tombstones or []
+        written = opened.tables[schema.DECISIONS].written(DECISIONS_WRITER) or 0
+        try:
+            with self.ledger.read() as tx:
+                known = [*known, *tx.tombstones.after(known[-1].sequence if known else 0)]
+                cursors = tx.cursors.load()
+                decisions = list(tx.decisions.after(written, _DECISIONS))
+        except LedgerUnavailable as error:
+            if self._tombstones is None:
+                raise
+            self._problem = f"decisions wait: {error}"
+            return None, []
+        self._tombstones = known
+        return cursors, decisions
+
+    # --- batches ------------------------------------------------------------------------------
+
+    def _journal_between(self, place: Place) -> list[Record]:
+        try:
+            return self.journal.read_between(place.start, place.end)
+        except OSError as error:
+            message = f"can't read the journals again ({error}); check their permissions and disk"
+            raise Unavailable(message) from error
+
+    def _move(self, opened: _Opened, now: float) -> bool:
+        """Move the next batch; whether there may be another one."""
+        start = opened.place.end
+        records, end = self.journal.read(start, self.batch_records, BATCH_BYTES)
+        full = len(records) >= self.batch_records or _bytes_between(start, end) >= BATCH_BYTES
+        if any(behind != start.get(name) for name, behind in end.items()):
+            self._save(opened, batch=opened.place.batch + 1, start=start, end=end)
+            self._write(opened, records)
+        if not full:
+            self._complete = now
+        elif records:
+            self._complete = max(self._complete, min(record.at for record in records))
+        return full
+
+    def _write(self, opened: _Opened, records: list[Record]) -> None:
+        """Write the rows of the batch to the tables that lack it."""
+        forgotten: dict[str, float] = {}
+        for tombstone in self._tombstones or ():
+            forgotten[tombstone.unit] = max(tombstone.at, forgotten.get(tombstone.unit, 0.0))
+        kept = [each for each in records if not is_forgotten(each, forgotten)]
+        place = opened.place
+        for table, rows in self._rows(kept).items():
+            if (opened.tables[table].written(place.slot) or 0) < place.batch:
+                opened.tables[table].append(rows, place.slot, place.batch)
+                opened.upkeep.appended(table)
+        self._save(opened, start=place.end)
+        if records:
+            self._records += len(kept)
+            self._committed = self.clock()
+
+    def _rows(self, records: list[Record]) -> dict[schema.Table, RecordBatch]:
+        try:
+            return rows_of(records)
+        except Unfit as error:
+            fit, unfit = split_unfit(records)
+            log.warning("%d records have no place in the lake (%s) and are left out", unfit, error)
+            self._unfit += unfit
+            return rows_of(fit)
+
+    # --- forgetting ---------------------------------------------------------------------------
+
+    def _forget(self, opened: _Opened, now: float) -> bool:
+        """Delete forgotten units, and later the files that they were in; whether it did either."""
+        place = opened.place
+        pending = [each for each in self._tombstones or () if each.sequence > place.forgotten]
+        if pending:
+            some = pending[:_UNITS]
+            for table in opened.tables.values():
+                table.forget(some, now)
+            purge = place.purge or now + READERS_SECONDS
+            self._save(opened, forgotten=some[-1].sequence, purge=purge)
+            return True
+        if place.purge is None or now < place.purge:
+            return False
+        gone = [table.purge(now, READERS_SECONDS) for table in opened.tables.values()]
+        self._save(opened, purge=None if all(gone) else now + READERS_SECONDS)
+        return True
+
+    # --- what is remembered -------------------------------------------------------------------
+
+    def _save(self, opened: _Opened, **changes: Any) -> None:
+        opened.place = msgspec.structs.replace(opened.place, **changes)
+        save_place(self.files.place, opened.place)
+
+    def _tell(self) -> None:
+        skipped = dict(self.journal.skipped)
+        if self._unfit:
+            skipped["unfit"] = self._unfit
+        condition = Condition(
+            at=self.clock(),
+            complete=self._complete,
+            committed=self._committed,
+            records=self._records,
+            skipped=skipped,
+            problem=self._problem,
+        )
+        # Where the disk is full this can't be told either; the fault itself is raised.
+        with suppress(Unavailable):
+            replace_file(self.files.condition, msgspec.json.encode(condition))
+
+
+def _bytes_between(start: Mapping[str, int], end: Mapping[str, int]) -> int:
+    return sum(behind - start.get(name, 0) for name, behind in end.items())
