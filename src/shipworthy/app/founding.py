@@ -46,14 +46,14 @@ def make_project(root: Path, *, preset: str, solo: bool) -> Session:
         raise Conflict(message)
     root.mkdir(parents=True, exist_ok=True)
     (root / FILE).write_text(_SETTINGS.format(preset=preset), encoding="utf-8")
-    _ignore_state(root)
+    ignore_state(root)
     session = open_session(root, prepare=True)
     if solo:
         _waive_four_eyes(session)
     return session
 
 
-def _ignore_state(root: Path) -> None:
+def ignore_state(root: Path) -> None:
     """Keep keys and blobs out of version control, where the folder may be under it."""
     file, line = root / ".gitignore", f"{STATE}/"
     present = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []

@@ -10,7 +10,7 @@ from typing import Annotated, cast
 import typer
 
 from shipworthy import __version__
-from shipworthy.cli import access, project, promotion, releases
+from shipworthy.cli import access, backup, project, promotion, releases
 from shipworthy.cli.demo import demo
 from shipworthy.cli.output import err
 from shipworthy.errors import ShipworthyError
@@ -35,6 +35,7 @@ app.add_typer(promotion.rollout, name="rollout")
 app.command()(promotion.rollback)
 app.add_typer(access.keys, name="keys")
 app.add_typer(access.audit, name="audit")
+app.add_typer(backup.backup, name="backup")
 
 
 def _print_version(wanted: bool) -> None:  # noqa: FBT001  # typer's way of calling it

@@ -197,17 +197,19 @@ class Archive:
                 progress(len(chunk))
 
     def extract(self, folder: Path, progress: Progress) -> None:
-        """Write all files below a folder of one's own, each byte compared on its way.
+        """Write all files below a new, private folder, each byte compared on its way.
 
         Raises:
             IntegrityError: A file is not what was archived. The folder must not be used then.
             Unavailable: The disk refuses.
 
         """
+        with _explained(f"{folder} can't be written"):
+            folder.mkdir(mode=0o700)
         for name, member in self._members.items():
             target = folder / name
             with _explained(f"{target} can't be written"):
-                target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                target.parent.mkdir(parents=True, exist_ok=True)
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
                 with os.fdopen(os.open(target, flags, 0o600), "wb") as writer:
                     for chunk in self._verified(name):
