@@ -118,7 +118,7 @@ def worker(folder):
     run(
         GatewayOptions(port=0, ready_file=folder / "ready"),
         journal=JournalWriter(folder / "journals", worker="bench", max_bytes=1 << 30),
-        snapshot_path=folder / "snapshot",
+        newest_snapshot=lambda: folder / "snapshot",
         signing_secret=bytes(32),
         pseudonym_secret=bytes(32),
         clock=time.time,

@@ -5,9 +5,9 @@
     ├── ledger.db            decisions
     ├── blobs/               what releases pin
     ├── journals/            the gateway's records, until they are in the lake
-    ├── lake/                Delta tables of what was asked, answered, learnt and decided
-    ├── lake-writer.json     how far the lake's writer is
-    ├── lake-condition.json  how it is: its lag, and what it waits for
+    ├── lake/                Delta tables of what was asked, answered, learnt and decided; and how
+    │                        far their writer is
+    ├── lake-condition.json  how the lake's writer is: its lag, and what it waits for
     ├── snapshots/           what the gateway obeys
     ├── secrets/             keys that never leave this machine
     ├── replicas/            one folder for each running replica
@@ -99,14 +99,14 @@ class Project:
     def ledger_url(self) -> str:
         """The ledger's database URL; a relative path in it begins at the project's folder."""
         scheme, separator, path = (self.settings.ledger or "").partition(":///")
-        if not separator:
+        if not separator or not scheme.startswith("sqlite"):
             return self.settings.ledger or f"sqlite:///{self.state / 'ledger.db'}"
         return f"{scheme}:///{self.root / path}" if path else f"{scheme}:///"
 
     @property
-    def snapshot(self) -> Path:
-        """The file that the gateway obeys."""
-        return self.state / "snapshot"
+    def snapshots(self) -> Path:
+        """What the gateway obeys: a file for each keeper's term, of which the newest counts."""
+        return self.state / "snapshots"
 
     @property
     def journals(self) -> Path:

@@ -244,7 +244,7 @@ def test_requests_are_refused_clearly(shared: Town) -> None:
 
 
 def test_a_lost_ledger_is_not_replaced_by_an_empty_one(town: Town) -> None:
-    (town.root / ".shipworthy" / "snapshot").write_bytes(b"what the gateway obeys")
+    (town.root / ".shipworthy" / "snapshots" / f"{1:020d}").write_bytes(b"what is obeyed")
     (town.root / ".shipworthy" / "ledger.db").unlink()
     done = town.run("up")
     assert done.code == 3

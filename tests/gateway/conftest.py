@@ -308,7 +308,7 @@ class Worker:
             serve(
                 GatewayOptions(**settings),
                 journal=self.journal,
-                snapshot_path=self.path,
+                newest_snapshot=lambda: self.path,
                 signing_secret=SECRET,
                 pseudonym_secret=SECRET,
                 clock=self.clock,

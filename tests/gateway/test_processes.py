@@ -25,7 +25,7 @@ journal = JournalWriter(folder / "journals", worker="w1", max_bytes=10_000_000)
 try:
     run(
         GatewayOptions(port=int(sys.argv[2]), ready_file=folder / "ready", drain_seconds=2.0),
-        journal=journal, snapshot_path=folder / "snapshot", signing_secret=bytes(32),
+        journal=journal, newest_snapshot=lambda: folder / "snapshot", signing_secret=bytes(32),
         pseudonym_secret=bytes(32), clock=time.time, uniform=random.random,
     )
 except ShipworthyError as error:

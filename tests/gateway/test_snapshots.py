@@ -10,6 +10,7 @@ import pytest
 from shipworthy.domain.contract import Contract
 from shipworthy.domain.plan import Arm, Plan, Snapshot, encode_snapshot
 from shipworthy.gateway.snapshot import SnapshotFollower
+from shipworthy.stores.snapshots import newest_snapshot
 
 ARM = Arm(
     release="digits@1",
@@ -25,7 +26,8 @@ class Following:
     """A follower whose clocks are set by hand."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "snapshot"
+        self.folder = folder
+        self.path = folder / f"{1:020d}"
         self.wall = 1_000.0
         self.monotonic = 50.0
         self.obeyed: list[Snapshot] = []
@@ -34,7 +36,7 @@ class Following:
 
     def restart(self) -> SnapshotFollower:
         self.follower = SnapshotFollower(
-            self.path,
+            lambda: newest_snapshot(self.folder),
             clock=lambda: self.wall,
             monotonic=lambda: self.monotonic,
             changed=self.obeyed.append,
@@ -148,7 +150,7 @@ def test_a_file_that_vanishes_or_becomes_a_folder_changes_nothing(following, cap
     following.path.unlink()
     for _ in range(3):
         assert not following.follower.poll()
-    assert caplog.text.count("no snapshot at") == 1
+    assert caplog.text.count("no snapshot to obey") == 1
     following.path.mkdir()
     assert not following.follower.poll()
     assert following.follower.current is not None

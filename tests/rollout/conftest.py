@@ -56,6 +56,23 @@ def manifest(**changes: Any) -> dict[str, Any]:
     return Manifest.model_validate(content | changes).content()
 
 
+class Published:
+    """What the gateway obeys: the newest of what was published for the highest term."""
+
+    def __init__(self) -> None:
+        self.by_fence: dict[int, Snapshot] = {}
+        self.count = 0
+
+    def publish(self, fence: int, content: bytes) -> None:
+        snapshot = decode_snapshot(content)
+        assert snapshot.fence == fence
+        self.by_fence[fence] = snapshot
+        self.count += 1
+
+    def newest(self) -> int:
+        return max(self.by_fence, default=0)
+
+
 @dataclass
 class World:
     """What surrounds a keeper."""
@@ -63,8 +80,8 @@ class World:
     root: Path
     ledger: Ledger
     now: float = 1_800_000_000.0
-    snapshot: Snapshot | None = None
-    published: int = 0
+    snapshots: Published = field(default_factory=Published)
+    keepers: Iterator[int] = field(default_factory=count)
     ids: Iterator[int] = field(default_factory=count)
     units: Iterator[int] = field(default_factory=count)
 
@@ -75,19 +92,20 @@ class World:
     def new_keeper(self) -> Keeper:
         """A keeper process that has just started."""
 
-        def publish(content: bytes) -> None:
-            self.snapshot = decode_snapshot(content)
-            self.published += 1
-
         return Keeper(
+            holder=f"keeper-{next(self.keepers)}",
             ledger=self.ledger,
             journal=JournalReader(self.root / "journals"),
             gather=gather,
-            publish=publish,
+            snapshots=self.snapshots,
             clock=lambda: self.now,
             new_id=lambda prefix: f"{prefix}_{next(self.ids)}",
             checklist=built_in(),
         )
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        return self.snapshots.by_fence.get(self.snapshots.newest())
 
     def person(self, name: str) -> str:
         with self.ledger.write() as tx:

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import msgspec
 
-from shipworthy.app.processes import follow_parent, log_to_stderr
+from shipworthy.app.processes import follow_parent, heartbeat, log_to_stderr
 from shipworthy.errors import ShipworthyError
 from shipworthy.gateway.options import GatewayOptions
 from shipworthy.gateway.server import run
 from shipworthy.stores.journal import JournalWriter
+from shipworthy.stores.snapshots import newest_snapshot
 
 ADDRESS_FILE = "gateway.json"
 """Where a worker says, in the state folder, which address it got."""
@@ -55,11 +56,12 @@ def main(state: Path, options: WorkerOptions) -> int:
                     ready_file=state / ADDRESS_FILE,
                 ),
                 journal=journal,
-                snapshot_path=state / "snapshot",
+                newest_snapshot=partial(newest_snapshot, state / "snapshots"),
                 signing_secret=(state / "secrets" / "signing").read_bytes(),
                 pseudonym_secret=(state / "secrets" / "pseudonyms").read_bytes(),
                 clock=time.time,
                 uniform=random.SystemRandom().random,
+                heartbeat=heartbeat(),
             )
     except ShipworthyError as error:
         sys.stderr.write(f"{error}\n")

@@ -1,38 +1,39 @@
-"""The keeper's process: `python -m shipworthy.app.keeping FOLDER`."""
+"""The keeper's process: `python -m shipworthy.app.keeping FOLDER`.
+
+Any number may run; one of them is in office, the others stand by.
+"""
 
 from __future__ import annotations
 
-import logging
-import signal
+import os
+import secrets
 import sys
-import threading
-from functools import partial
 from pathlib import Path
-from types import FrameType
 
-from shipworthy.app.processes import follow_parent, log_to_stderr
+from shipworthy.app.processes import Worker
 from shipworthy.app.session import Session, new_id, open_session
 from shipworthy.errors import ShipworthyError
 from shipworthy.loops import run_until
 from shipworthy.release.catalogue import built_in
-from shipworthy.rollout.keeper import Keeper, Superseded
-from shipworthy.stores.files import replace_file
+from shipworthy.rollout.keeper import Keeper
 from shipworthy.stores.journal import JournalReader
+from shipworthy.stores.snapshots import SnapshotFolder
 from shipworthy.watch.evidence import gather
 
-log = logging.getLogger(__name__)
-
 TICK_SECONDS = 0.1
+_LONGEST_WAIT = 0.5  # behind a fault; a ledger that is locked has been waited for by then
+_PATIENCE = 60.0  # for a turn, which is bounded: one that takes longer waits for what won't come
 
 
 def make_keeper(session: Session) -> Keeper:
-    """The keeper of a project."""
+    """A keeper of the project; its name tells people which process it is."""
     project = session.project
     return Keeper(
+        holder=f"{os.getpid()}-{secrets.token_hex(6)}",
         ledger=session.ledger,
-        journal=JournalReader(project.journals, project.settings.journal.kept),
+        journal=JournalReader(project.journals),
         gather=gather,
-        publish=partial(replace_file, project.snapshot),
+        snapshots=SnapshotFolder(project.snapshots),
         clock=session.clock,
         new_id=new_id,
         checklist=built_in(),
@@ -41,23 +42,18 @@ def make_keeper(session: Session) -> Keeper:
 
 
 def main(folder: Path) -> int:
-    """Decide until told to stop, or until the process that started this one is gone.
+    """Decide or stand by until told to stop, or until the process that started this one is gone.
 
-    Ends with 3 when it can't even begin, and when a newer keeper has taken over.
+    Ends with 3 when it can't even begin.
     """
-    log_to_stderr()
-    stop = threading.Event()
-
-    def end(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    follow_parent(stop.set)
+    worker = Worker(_PATIENCE)
     try:
-        run_until(stop, make_keeper(open_session(folder)).tick, every=TICK_SECONDS)
-    except (ShipworthyError, Superseded) as error:
-        log.warning("%s", error)
+        keeper = make_keeper(open_session(folder))
+        turn = worker.turn(keeper.tick)
+        run_until(worker.stop, turn, every=TICK_SECONDS, longest_wait=_LONGEST_WAIT)
+        keeper.retire()
+    except ShipworthyError as error:
+        sys.stderr.write(f"{error}\n")
         return 3
     return 0
 

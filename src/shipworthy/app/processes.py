@@ -1,24 +1,28 @@
-"""Child processes that live and die with the one that started them."""
+"""What each child process of `shipworthy up` does: say that it lives, and end with its parent.
+
+Every gateway worker imports this: no numpy, no SQLAlchemy, no pydantic.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
+import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
 
-from shipworthy.runtimes.logs import BoundedLog
+from shipworthy.runtimes.orphans import wake_when_orphaned
 
-log = logging.getLogger(__name__)
+HEARTBEAT_VARIABLE = "SHIPWORTHY_HEARTBEAT"
+"""Names the descriptor of the pipe into which a child says that it lives."""
 
-_FIRST_WAIT, _LONGEST_WAIT = 0.2, 10.0
-_LONG_LIFE = 30.0  # a child that lived this long starts its waits anew
+HEARTBEAT_SECONDS = 1.0
+_ORPHAN_SECONDS = 30.0  # more than a gateway worker drains for
 
 
 def log_to_stderr() -> None:
@@ -31,84 +35,75 @@ def log_to_stderr() -> None:
 
 
 def follow_parent(stop: Callable[[], object]) -> None:
-    """Call `stop` when the parent is gone: it holds the other end of our standard input."""
+    """Call `stop` when the parent is gone: it holds the other end of our standard input.
+
+    Whoever is not done then within half a minute is ended by force: nobody else would see that it
+    hangs.
+    """
 
     def wait() -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             while os.read(sys.stdin.fileno(), 1024):
                 pass
         stop()
+        time.sleep(_ORPHAN_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="follow-parent", daemon=True).start()
+    wake_when_orphaned()
 
 
-@dataclass(slots=True)
-class Child:
-    """A process kept running: started anew when it dies, with growing waits between."""
+def heartbeat() -> Callable[[], None]:
+    """Give what says that this process lives, for it to be called every HEARTBEAT_SECONDS.
 
-    name: str
-    command: Sequence[str]
-    log_file: Path
-    restarts: int = 0
-    problem: str = ""
-    _process: asyncio.subprocess.Process | None = None
-    _stopping: bool = False
+    It does nothing where nobody listens.
+    """
+    text = os.environ.pop(HEARTBEAT_VARIABLE, None)
+    if text is None:
+        return lambda: None
+    descriptor = int(text)
+    os.set_inheritable(descriptor, False)  # noqa: FBT003  # its only form
+    os.set_blocking(descriptor, False)
 
-    @property
-    def pid(self) -> int | None:
-        """The process id while it runs."""
-        process = self._process
-        return process.pid if process is not None and process.returncode is None else None
+    def beat() -> None:
+        with suppress(OSError):  # full, because the parent is stopped, or closed: it has gone
+            os.write(descriptor, b".")
 
-    async def run(self) -> None:
-        """Keep it running until `stop`."""
-        wait, loop = _FIRST_WAIT, asyncio.get_running_loop()
-        while not self._stopping:
-            started = loop.time()
-            try:
-                problem = f"ended ({_ending(await self._live())}); see {self.log_file}"
-            except OSError as error:  # no process, descriptor or memory left: that may pass
-                problem = f"can't be started ({error.strerror})"
-            if self._stopping:
-                return
-            self.restarts += 1
-            self.problem = f"{self.name} {problem}"
-            wait = _FIRST_WAIT if loop.time() - started > _LONG_LIFE else wait
-            log.warning("%s; it is started again in %.1f s", self.problem, wait)
-            await asyncio.sleep(wait)
-            wait = min(wait * 2, _LONGEST_WAIT)
-
-    async def _live(self) -> int:
-        process = self._process = await asyncio.create_subprocess_exec(
-            *self.command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C in the terminal is for the parent to pass on
-        )
-        output = BoundedLog(self.log_file)
-        try:
-            while process.stdout is not None and (said := await process.stdout.read(65_536)):
-                output.write(said)
-            return await process.wait()
-        finally:
-            output.close()
-
-    async def stop(self, grace: float) -> None:
-        """Ask it to end, and end it by force after `grace` seconds."""
-        self._stopping = True
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(process.wait(), grace)
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+    return beat
 
 
-def _ending(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+class Worker:
+    """The frame of a child that works in turns, in its main thread.
+
+    It says that it lives for as long as no turn takes longer than `patience` seconds; beyond that
+    it is taken for one that hangs, which its parent ends.
+    """
+
+    def __init__(self, patience: float = math.inf) -> None:
+        log_to_stderr()
+        self.stop = threading.Event()
+        self._patience = patience
+        self._began = time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        follow_parent(self.stop.set)
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def turn(self, work: Callable[[], object]) -> Callable[[], object]:
+        """The same work, as turns."""
+
+        def watched() -> object:
+            self._began = time.monotonic()
+            return work()
+
+        return watched
+
+    def _end(self, _number: int, _frame: FrameType | None) -> None:
+        self.stop.set()
+
+    def _beat(self) -> None:
+        beat = heartbeat()
+        while True:
+            if time.monotonic() - self._began < self._patience:
+                beat()
+            time.sleep(HEARTBEAT_SECONDS)

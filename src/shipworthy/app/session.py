@@ -20,6 +20,7 @@ from shipworthy.settings import Project, find_project
 from shipworthy.stores.blobs import LocalBlobs
 from shipworthy.stores.files import replace_file
 from shipworthy.stores.ledger import migrate, open_ledger
+from shipworthy.stores.snapshots import newest_fence
 
 KEY_VARIABLE = "SHIPWORTHY_KEY"
 PROJECT_VARIABLE = "SHIPWORTHY_PROJECT"
@@ -98,22 +99,36 @@ def open_session(start: Path | None = None, *, prepare: bool = False) -> Session
 def prepare_state(project: Project) -> None:
     """Make what a project's processes need: private folders, secrets, and the ledger's tables."""
     _check_not_lost(project)
-    for folder in (project.state, project.secrets, project.journals, project.logs):
+    for folder in (
+        project.state,
+        project.secrets,
+        project.journals,
+        project.logs,
+        project.snapshots,
+    ):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in ("signing", "pseudonyms"):
         _make_secret(project.secrets / name)
     migrate(project.ledger_url)
+    _old_snapshot(project).unlink(missing_ok=True)
 
 
 def _check_not_lost(project: Project) -> None:
     """Refuse to begin anew beside a gateway that still obeys the past."""
     file = project.state / "ledger.db"
-    if project.settings.ledger is None and project.snapshot.exists() and not file.exists():
+    if project.settings.ledger is not None or file.exists():
+        return
+    if newest_fence(project.snapshots) or _old_snapshot(project).exists():
         message = (
             f"the ledger {file} is gone, and with it every decision; put it back, or remove"
             f" {project.state} to begin anew"
         )
         raise LedgerUnavailable(message)
+
+
+def _old_snapshot(project: Project) -> Path:
+    """Where earlier versions kept the one that the gateway obeyed."""
+    return project.state / "snapshot"
 
 
 def _make_secret(file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+from contextlib import suppress
 
 import msgspec
 
@@ -12,6 +13,8 @@ from shipworthy.domain.names import ReleaseReference, Stage, plan_name
 from shipworthy.domain.plan import BUCKETS
 from shipworthy.domain.rollout import RolloutState, RolloutStatus, missing_to_go_up
 from shipworthy.ports import Transaction
+from shipworthy.settings import Project
+from shipworthy.stores.snapshots import newest_snapshot
 
 _TRAFFIC_MINUTES = 15
 LOCK = "up.lock"
@@ -81,7 +84,6 @@ def status_of(session: Session, model: str | None = None) -> Status:
             if now - intent.at > 5
         ]
     running = is_running(session)
-    snapshot = session.project.snapshot
     if not running:
         models = [_stopped(status) for status in models]
     needs = [need for status in models for need in _needs(status)] + waiting
@@ -89,10 +91,18 @@ def status_of(session: Session, model: str | None = None) -> Status:
         needs.insert(0, "nothing is running here; start it with 'shipworthy up'")
     return Status(
         running=running,
-        keeper_seen=snapshot.stat().st_mtime if snapshot.is_file() else None,
+        keeper_seen=_keeper_seen(session.project),
         needs_a_person=needs,
         models=models,
     )
+
+
+def _keeper_seen(project: Project) -> float | None:
+    """When a keeper published last."""
+    with suppress(OSError):
+        newest = newest_snapshot(project.snapshots)
+        return newest.stat().st_mtime if newest else None
+    return None
 
 
 def _stopped(status: ModelStatus) -> ModelStatus:
@@ -103,7 +113,12 @@ def _stopped(status: ModelStatus) -> ModelStatus:
 
 def is_running(session: Session) -> bool:
     """Whether a `shipworthy up` holds this project."""
-    file = session.project.state / LOCK
+    return is_held(session.project)
+
+
+def is_held(project: Project) -> bool:
+    """Whether a `shipworthy up` holds it, also where nothing else of it can be read."""
+    file = project.state / LOCK
     if not file.is_file():
         return False
     with file.open("rb") as handle:

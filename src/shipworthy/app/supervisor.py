@@ -1,4 +1,4 @@
-"""`shipworthy up`: one process that keeps keeper, gateway and replicas of a project running.
+"""`shipworthy up`: one process that keeps keepers, gateway, lake writer and replicas running.
 
 It decides nothing. It can be killed at any moment: its children end with it, and what was decided
 stands in the ledger.
@@ -13,30 +13,37 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import msgspec
 
 from shipworthy.app.access import admin_key
+from shipworthy.app.children import Child, Processes, processes_file
 from shipworthy.app.fleet import Fleet
 from shipworthy.app.gateway_address import gateway_file, gateway_url
 from shipworthy.app.gateway_worker import WorkerOptions
 from shipworthy.app.http import AiohttpClient
-from shipworthy.app.processes import Child
 from shipworthy.app.serving import make_runtimes
 from shipworthy.app.session import Session
 from shipworthy.app.status import LOCK
 from shipworthy.errors import Conflict, ShipworthyError, Unavailable
 from shipworthy.ports import Runtime
 from shipworthy.settings import Project
+from shipworthy.stores.files import replace_file
 
 log = logging.getLogger(__name__)
 
 RECONCILE_SECONDS = 0.2
 READY_SECONDS = 60.0
-_GATEWAY_GRACE, _KEEPER_GRACE = 30.0, 10.0
+_GATEWAY_GRACE, _KEEPER_GRACE, _LAKE_GRACE = 30.0, 10.0, 30.0
+_KEEPER_SILENCE = 5.0  # it may have been stopped amid a transaction, and then nobody can write
+_GATEWAY_SILENCE = 10.0  # its loop says it, and may be held up by the largest of bodies
+_LAKE_SILENCE = 15.0  # nobody waits for it
+_TELL_SECONDS = 0.2
+INTERRUPTED = 130
+"""The exit code after a second signal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +52,19 @@ class Up:
 
     url: str
     admin_key: str
-    keeper: Child
+    stopping: Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """The children; all keepers are alike, and any of them may be in office."""
+
     gateway: Child
+    keepers: tuple[Child, ...]
+    lake: Child
+
+    def __iter__(self) -> Iterator[Child]:
+        yield from (*self.keepers, self.lake, self.gateway)
 
 
 @contextmanager
@@ -66,10 +84,28 @@ def only_one(project: Project) -> Generator[None]:
         yield
 
 
+def run(session: Session, on_ready: Callable[[Up], Awaitable[object]]) -> int:
+    """`supervise` until Ctrl-C or SIGTERM; the exit code. A second one ends everything at once."""
+
+    async def until_signalled() -> None:
+        stop = asyncio.Event()
+        _stop_on_signals(stop)
+        await supervise(session, on_ready=on_ready, stop=stop)
+
+    try:
+        asyncio.run(until_signalled())
+    except asyncio.CancelledError:
+        return INTERRUPTED
+    return 0
+
+
 async def supervise(
     session: Session, *, on_ready: Callable[[Up], Awaitable[object]], stop: asyncio.Event
 ) -> None:
-    """Keep everything running until `stop`, then drain and end it: gateway first, keeper last.
+    """Keep everything running until `stop`, then drain and end it in order.
+
+    First the gateway, which answers what is under way, then replicas and keepers, and the lake's
+    writer last. When this is cancelled, all end at once.
 
     Raises Conflict when another one does so already, Unavailable when the gateway's port is taken.
     """
@@ -89,34 +125,64 @@ async def _supervise(
     _check_port(project)
     key = admin_key(session)
     gateway_file(project).unlink(missing_ok=True)
-    keeper, gateway = _children(project)
+    family = _family(session)
     fleet = Fleet(session.ledger, runtime)
-    running = [asyncio.create_task(child.run()) for child in (keeper, gateway)]
+    running = [asyncio.create_task(child.run()) for child in family]
+    telling = asyncio.create_task(_tell(session, family))
     reconciling = asyncio.create_task(_reconcile(fleet, stop))
     try:
-        url = await _ready(project, gateway, stop)
+        url = await _ready(project, family.gateway, stop)
         if url is not None:
-            await on_ready(Up(url, key, keeper, gateway))
+            await on_ready(Up(url, key, stop.is_set))
             await stop.wait()
     finally:
         stop.set()
-        await gateway.stop(_GATEWAY_GRACE)
-        await asyncio.gather(reconciling, return_exceptions=True)
-        await fleet.close()
+        try:
+            if not _is_cancelled():
+                await _end_in_order(family, fleet, reconciling)
+        finally:
+            for child in family:
+                child.kill()
+            telling.cancel()
+            await asyncio.gather(reconciling, telling, *running, return_exceptions=True)
+            for file in (gateway_file(project), processes_file(project)):
+                file.unlink(missing_ok=True)
+
+
+async def _end_in_order(family: _Family, fleet: Fleet, reconciling: asyncio.Task[None]) -> None:
+    """Answer what is under way, have it counted, and moved to the lake with what came of it.
+
+    Keepers end one after the other: what the first gives up, the next takes over at once.
+    """
+    await family.gateway.stop(_GATEWAY_GRACE)
+    await asyncio.gather(reconciling, return_exceptions=True)
+    closing = asyncio.create_task(fleet.close())
+    for keeper in reversed(family.keepers):
         await keeper.stop(_KEEPER_GRACE)
-        await asyncio.gather(*running, return_exceptions=True)
-        gateway_file(project).unlink(missing_ok=True)
+    await family.lake.stop(_LAKE_GRACE)
+    await closing
 
 
-def stop_on_signals(stop: asyncio.Event) -> None:
-    """Let Ctrl-C and SIGTERM end things in order."""
-    loop = asyncio.get_running_loop()
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    """Let the first Ctrl-C or SIGTERM end things in order, and the second at once."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+    def end() -> None:
+        if stop.is_set() and task is not None:
+            task.cancel()
+        stop.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, end)
 
 
-def _children(project: Project) -> tuple[Child, Child]:
-    settings = project.settings
+def _family(session: Session) -> _Family:
+    project, settings = session.project, session.project.settings
     options = WorkerOptions(
         worker="worker-0",
         host=settings.gateway.host,
@@ -124,23 +190,24 @@ def _children(project: Project) -> tuple[Child, Child]:
         max_body=settings.gateway.max_body_bytes,
         journal_bytes=settings.journal.max_bytes,
     )
-    python = (sys.executable, "-m")
-    keeper = Child(
-        "keeper",
-        (*python, "shipworthy.app.keeping", str(project.root)),
-        project.logs / "keeper.log",
+    gateway = (str(project.state), msgspec.json.encode(options).decode())
+    keepers = ("keeper", "standby") if settings.keeper.standby else ("keeper",)
+
+    def child(name: str, module: str, silence: float, *arguments: str) -> Child:
+        return Child(
+            name,
+            (sys.executable, "-m", f"shipworthy.app.{module}", *arguments),
+            project.logs / f"{name.replace(' ', '-')}.log",
+            silence,
+            session.clock,
+        )
+
+    root = str(project.root)
+    return _Family(
+        gateway=child("gateway", "gateway_worker", _GATEWAY_SILENCE, *gateway),
+        keepers=tuple(child(name, "keeping", _KEEPER_SILENCE, root) for name in keepers),
+        lake=child("lake writer", "lake_writing", _LAKE_SILENCE, root),
     )
-    gateway = Child(
-        "gateway",
-        (
-            *python,
-            "shipworthy.app.gateway_worker",
-            str(project.state),
-            msgspec.json.encode(options).decode(),
-        ),
-        project.logs / "gateway.log",
-    )
-    return keeper, gateway
 
 
 def _check_port(project: Project) -> None:
@@ -172,6 +239,26 @@ async def _ready(project: Project, gateway: Child, stop: asyncio.Event) -> str |
             raise Unavailable(message)
         await asyncio.sleep(0.05)
     return None
+
+
+async def _tell(session: Session, family: _Family) -> None:
+    """Keep what is known about the children in their file."""
+    file, since, told, refused = processes_file(session.project), session.clock(), None, ""
+    while True:
+        known = Processes(
+            pid=os.getpid(),
+            since=since,
+            children=tuple(child.state for child in family),
+        )
+        if known != told:
+            try:
+                replace_file(file, msgspec.json.encode(known))
+                told, refused = known, ""
+            except Unavailable as error:
+                if str(error) != refused:
+                    log.warning("%s; 'shipworthy status' knows less until then", error)
+                refused = str(error)
+        await asyncio.sleep(_TELL_SECONDS)
 
 
 async def _reconcile(fleet: Fleet, stop: asyncio.Event) -> None:

@@ -21,7 +21,7 @@ from shipworthy.app.http import AiohttpClient
 from shipworthy.app.releasing import look_at, register
 from shipworthy.app.session import PROJECT_VARIABLE, Session, open_session
 from shipworthy.app.status import is_running
-from shipworthy.app.supervisor import Up, stop_on_signals, supervise
+from shipworthy.app.supervisor import Up, run
 from shipworthy.domain.contract import Contract
 from shipworthy.domain.lifecycle import IntentKind, IntentStatus, Release
 from shipworthy.domain.manifest import ArtifactFormat, EndpointServing, ReleaseSpec
@@ -252,31 +252,23 @@ async def _try_endpoint(session: Session, wanted: Wanted) -> Tried:
 # --- serving it -------------------------------------------------------------------------------
 
 
-def serve_it(session: Session, tried: Tried, *, tell: Callable[[str], None], show: Show) -> None:
-    """Have the release served in development and show it.
+def serve_it(session: Session, tried: Tried, *, tell: Callable[[str], None], show: Show) -> int:
+    """Have the release served in development and show it; the exit code.
 
     Without a `shipworthy up` in this project everything is started here, until Ctrl-C.
     """
     if is_running(session):
         _await_answering(session, tried)
         _show(session, tried, gateway_url(session.project), show)
-        return
-    asyncio.run(_serve_here(session, tried, tell, show))
-
-
-async def _serve_here(
-    session: Session, tried: Tried, tell: Callable[[str], None], show: Show
-) -> None:
-    stop = asyncio.Event()
-    stop_on_signals(stop)
+        return 0
 
     async def ready(running: Up) -> None:
-        await asyncio.to_thread(_await_answering, session, tried, stop.is_set)
-        if not stop.is_set():
+        await asyncio.to_thread(_await_answering, session, tried, running.stopping)
+        if not running.stopping():
             await asyncio.to_thread(_show, session, tried, running.url, show)
         tell("\nIt serves until Ctrl-C; 'shipworthy up' brings it back.")
 
-    await supervise(session, on_ready=ready, stop=stop)
+    return run(session, ready)
 
 
 def _await_answering(

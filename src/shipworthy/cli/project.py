@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 import time
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from shipworthy.app import trying
+from shipworthy.app import supervisor, trying
 from shipworthy.app.founding import apply_policies, make_project
 from shipworthy.app.session import open_session
 from shipworthy.app.status import ModelStatus, RolloutStatusLine, Serving, Status, status_of
-from shipworthy.app.supervisor import Up, stop_on_signals, supervise
+from shipworthy.app.supervisor import Up
 from shipworthy.cli.output import ago, out, say, say_json, say_table, styled, waiting
 from shipworthy.domain.names import check_model_name
 from shipworthy.errors import NotFound
@@ -78,7 +77,9 @@ def try_model(
         tried = trying.look_and_register(session, wanted)
     for note in tried.notes:
         say(note)
-    trying.serve_it(session, tried, tell=say, show=_show_tried)
+    code = trying.serve_it(session, tried, tell=say, show=_show_tried)
+    if code:
+        raise typer.Exit(code)
 
 
 def _show_tried(tried: trying.Tried, url: str, key_file: Path, missing: list[str]) -> None:
@@ -101,9 +102,9 @@ def up(
     *,
     quiet: Annotated[bool, typer.Option("--quiet", help="Don't print the admin key.")] = False,
 ) -> None:
-    """Run everything of this project on this machine: keeper, gateway and replicas.
+    """Run everything of this project on this machine: keepers, gateway, lake writer, replicas.
 
-    It ends with Ctrl-C, in order: what is under way is answered first.
+    It ends with Ctrl-C, in order: what is under way is answered first. A second one ends at once.
 
     Example: shipworthy up
     """
@@ -115,13 +116,10 @@ def up(
             say(f"Admin key (also in {session.project.secrets / 'admin-key'}): {running.admin_key}")
         say(f"Logs are in {session.project.logs}. 'shipworthy status' tells how it goes.")
 
-    async def run() -> None:
-        stop = asyncio.Event()
-        stop_on_signals(stop)
-        await supervise(session, on_ready=ready, stop=stop)
-        say("Stopped.")
-
-    asyncio.run(run())
+    code = supervisor.run(session, ready)
+    say("Stopped." if code == 0 else "Stopped at once.")
+    if code:
+        raise typer.Exit(code)
 
 
 def apply(

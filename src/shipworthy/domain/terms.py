@@ -26,6 +26,24 @@ def held_by_another(term: Term, holder: str, now: float, lease: float) -> bool:
     return term.holder != holder and now < term.until <= now + lease
 
 
+def renewal_is_due(term: Term, now: float, lease: float) -> bool:
+    """Whether less than two thirds of the lease are left, or more than a lease can have.
+
+    Two thirds, so that a renewal may come late by two thirds of the lease as well.
+    """
+    return not now + lease * 2 / 3 <= term.until <= now + lease
+
+
+def renewed(term: Term, now: float, lease: float) -> Term:
+    """The same term, for a whole lease from now on."""
+    return Term(number=term.number, holder=term.holder, until=now + lease)
+
+
 def following(term: Term, holder: str, now: float, lease: float) -> Term:
     """The next term, for `holder`."""
     return Term(number=term.number + 1, holder=holder, until=now + lease)
+
+
+def given_up(term: Term) -> Term:
+    """The same term, bound by nobody any more."""
+    return Term(number=term.number, holder=term.holder)

@@ -21,7 +21,7 @@ class Outside:
     """What a worker is given by whoever starts it; see `serve`."""
 
     journal: Journal
-    snapshot_path: Path
+    newest_snapshot: Callable[[], Path | None]
     signing_secret: bytes
     pseudonym_secret: bytes
     clock: Clock
@@ -58,7 +58,7 @@ def assemble(
         upstream=upstream,
         fleet=fleet,
         follower=SnapshotFollower(
-            outside.snapshot_path,
+            outside.newest_snapshot,
             clock=outside.clock,
             monotonic=outside.monotonic,
             changed=fleet.obey,

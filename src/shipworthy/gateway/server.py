@@ -45,11 +45,12 @@ def run(
     options: GatewayOptions,
     *,
     journal: Journal,
-    snapshot_path: Path,
+    newest_snapshot: Callable[[], Path | None],
     signing_secret: bytes,
     pseudonym_secret: bytes,
     clock: Clock,
     uniform: Callable[[], float],
+    heartbeat: Callable[[], object] = lambda: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, on a uvloop of its own; see `serve`."""
     options = _with_descriptors(options)
@@ -59,11 +60,12 @@ def run(
         serve(
             options,
             journal=journal,
-            snapshot_path=snapshot_path,
+            newest_snapshot=newest_snapshot,
             signing_secret=signing_secret,
             pseudonym_secret=pseudonym_secret,
             clock=clock,
             uniform=uniform,
+            heartbeat=heartbeat,
         )
     )
 
@@ -72,11 +74,12 @@ async def serve(  # noqa: PLR0913  # whoever wires a worker names each part
     options: GatewayOptions,
     *,
     journal: Journal,
-    snapshot_path: Path,
+    newest_snapshot: Callable[[], Path | None],
     signing_secret: bytes,
     pseudonym_secret: bytes,
     clock: Clock,
     uniform: Callable[[], float],
+    heartbeat: Callable[[], object] = lambda: None,
     ready: Ready | None = None,
     stop: asyncio.Event | None = None,
 ) -> None:
@@ -84,14 +87,15 @@ async def serve(  # noqa: PLR0913  # whoever wires a worker names each part
 
     `journal` stays the caller's to close. Both secrets must be the same in all workers and after a
     restart: the one signs inference ids, the other keys the pseudonyms of units. `uniform` draws
-    from [0, 1). Without a snapshot yet, the worker listens and says that it is not ready.
+    from [0, 1). `newest_snapshot` finds the file to obey; without one yet, the worker listens and
+    says that it is not ready. `heartbeat` is called every second by the loop that answers.
 
     Raises Unavailable when it can't listen, and UsageError for a secret that is too short.
     """
     ending = stop or asyncio.Event()
     outside = Outside(
         journal=journal,
-        snapshot_path=snapshot_path,
+        newest_snapshot=newest_snapshot,
         signing_secret=signing_secret,
         pseudonym_secret=pseudonym_secret,
         clock=clock,
@@ -106,9 +110,9 @@ async def serve(  # noqa: PLR0913  # whoever wires a worker names each part
         parts.follower.poll()
         with _stopped_by_signals(ending):
             async with (
+                _in_background(_each_second(state, metrics, heartbeat)),
                 _listening(options, application, state, metrics) as address,
                 _in_background(parts.follower.follow(options.snapshot_seconds)),
-                _in_background(_each_second(state, metrics)),
             ):
                 _announce(options, address, ready)
                 await ending.wait()
@@ -224,9 +228,12 @@ async def _drain(state: ServerState, seconds: float) -> None:
         connection.transport.close()
 
 
-async def _each_second(state: ServerState, metrics: Metrics) -> None:
+async def _each_second(
+    state: ServerState, metrics: Metrics, heartbeat: Callable[[], object]
+) -> None:
     """What need not be done for each answer: the Date header, and settling the metrics."""
     while True:
+        heartbeat()
         metrics.settle()
         state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
         await asyncio.sleep(1.0)

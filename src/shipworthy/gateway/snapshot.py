@@ -1,7 +1,8 @@
 """The snapshot file, followed: what the keeper wrote last, for as long as it may be obeyed.
 
-The file is the gateway's only source. A newer one that is torn, altered or from a keeper whose
-term is over is refused and the old one stays in force; a missing one changes nothing. Two things
+Each keeper's term has a file of its own, and the newest term's is the gateway's only source. One
+that is torn, altered or from a keeper whose term is over is refused and the old one stays in force;
+a missing one changes nothing. Two things
 run out by themselves, by the wall clock and by the monotonic one, so that a clock that jumps back
 keeps nothing alive: a candidate's lease, and the keys when the keeper is away for too long.
 """
@@ -23,15 +24,16 @@ _Identity = tuple[int, int, int]
 
 
 class SnapshotFollower:
-    """Reads the snapshot file when it changes.
+    """Reads the newest term's snapshot file when it changes.
 
-    `changed` is called with each snapshot that is obeyed from now on; `refused` with the short
-    reason whenever a file is not. `monotonic` counts seconds that no one sets.
+    `newest` finds it: None without one, OSError when it can't be looked for. `changed` is called
+    with each snapshot that is obeyed from now on; `refused` with the short reason whenever a file
+    is not. `monotonic` counts seconds that no one sets.
     """
 
     def __init__(
         self,
-        path: Path,
+        newest: Callable[[], Path | None],
         *,
         clock: Clock,
         monotonic: Callable[[], float],
@@ -39,7 +41,7 @@ class SnapshotFollower:
         refused: Callable[[str], None],
     ) -> None:
         self.current: Snapshot | None = None
-        self._path = path
+        self._newest = newest
         self._clock = clock
         self._monotonic = monotonic
         self._changed = changed
@@ -51,12 +53,21 @@ class SnapshotFollower:
         self._trouble = ""
 
     def poll(self) -> bool:
-        """Look at the file once; whether a new snapshot is in force."""
-        identity = self._identity()
-        if identity is None or identity == self._seen:
+        """Look once; whether a new snapshot is in force."""
+        try:
+            path = self._newest()
+            if path is None:
+                return self._none("nothing was published yet")
+            identity = _identity(path)
+        except OSError as error:  # it may also have gone just now, with a newer one in its place
+            return self._none(str(error))
+        self._missing = False
+        if identity == self._seen:
             return False
         try:
-            content = self._path.read_bytes()
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return False  # a newer one has just taken its place
         except OSError as error:
             return self._could_not_read(str(error))
         self._seen, self._trouble = identity, ""
@@ -67,6 +78,9 @@ class SnapshotFollower:
         problem = _outdated(snapshot, self.current)
         if problem:
             return self._refuse("outdated", problem)
+        return self._obey(snapshot)
+
+    def _obey(self, snapshot: Snapshot) -> bool:
         try:
             self._changed(snapshot)
         except Exception:  # noqa: BLE001  # a bad plan must not end the worker
@@ -103,16 +117,12 @@ class SnapshotFollower:
         """Seconds since the current snapshot was written; infinite without one."""
         return math.inf if self.current is None else self._clock() - self.current.written
 
-    def _identity(self) -> _Identity | None:
-        try:
-            status = self._path.stat()
-        except OSError as error:
-            if not self._missing:
-                _log.warning("no snapshot at %s: %s", self._path, error.strerror)
-            self._missing = True
-            return None
-        self._missing = False
-        return status.st_mtime_ns, status.st_ino, status.st_size
+    def _none(self, why: str) -> bool:
+        """Say so once."""
+        if not self._missing:
+            _log.warning("no snapshot to obey: %s", why)
+        self._missing = True
+        return False
 
     def _could_not_read(self, trouble: str) -> bool:
         """Say so once; the file is read again, as this may pass without its being changed."""
@@ -122,7 +132,7 @@ class SnapshotFollower:
         return False
 
     def _refuse(self, reason: str, problem: str) -> bool:
-        _log.error("the snapshot at %s is not obeyed: %s", self._path, problem)
+        _log.error("the newest snapshot is not obeyed: %s", problem)
         self._refused(reason)
         return False
 
@@ -146,6 +156,11 @@ class SnapshotFollower:
         if self.current is None or self.current.written != snapshot.written:
             stale = math.inf if snapshot.max_stale is None else snapshot.max_stale
             self._keys_until = monotonic + min(stale, snapshot.written + stale - now)
+
+
+def _identity(path: Path) -> _Identity:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def _outdated(new: Snapshot, obeyed: Snapshot | None) -> str:

@@ -3,10 +3,16 @@
 Cursors, test state and decisions are committed together, so that a keeper killed at any moment goes
 on with no request counted twice or left out. The snapshot is written after the commit; one lost in
 between is written again by the next turn.
+
+Any number of keepers may run: one is in office, for a term with a number and a lease, the others
+stand by and look whether its lease has run out. The number is read again in every transaction that
+decides, and names the published snapshot. So it is the number that protects, whatever a clock says
+and however long a keeper was paused; the lease only says when to take over.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,23 +26,32 @@ from shipworthy.domain.names import Stage
 from shipworthy.domain.plan import Key, Plan, Snapshot, encode_snapshot
 from shipworthy.domain.records import Record
 from shipworthy.domain.rollout import Observation, RolloutState, RolloutStatus, UnitHistory
-from shipworthy.domain.terms import Term
-from shipworthy.ports import Clock, JournalReader, Ledger
+from shipworthy.domain.terms import (
+    Term,
+    following,
+    given_up,
+    held_by_another,
+    renewal_is_due,
+    renewed,
+)
+from shipworthy.ports import Clock, JournalReader, Ledger, Transaction
 from shipworthy.rollout.intents import close, handle_intents
 from shipworthy.rollout.plans import refresh_plans
 from shipworthy.rollout.turn import NewId, Turn
 
+log = logging.getLogger(__name__)
+
 BATCH = 5_000
 """Most records taken into one transaction."""
 KEEP_TRAFFIC_MINUTES = 7 * 24 * 60
-_LEASE_RENEWALS = 3  # a lease is renewed this many times before it would run out
+LEASE_SECONDS = 3.0
+"""How long a keeper that died keeps its office.
 
-
-DISCARD_SECONDS = 30.0
-
-
-class Superseded(Exception):  # a state of affairs, and no fault
-    """A keeper with a later term decides now."""
+Renewed after a third, so that a turn may take two seconds on a busy machine or slow disk before a
+standby takes over from a keeper that lives. Even that would cost no more than another term.
+"""
+_LOOKS = 0.25  # seconds between a standby's looks at the lease
+_LEASE_RENEWALS = 3  # a plan's lease is renewed this many times before it would run out
 
 
 class Gathered(Protocol):
@@ -53,23 +68,39 @@ class Gathered(Protocol):
         ...
 
 
+class Snapshots(Protocol):
+    """Where plans are published for the gateway, by the number of the term."""
+
+    def publish(self, fence: int, content: bytes) -> None:
+        """Replace that term's snapshot. Raises Unavailable when it can't be written."""
+        ...
+
+    def newest(self) -> int:
+        """The highest fence that was ever published; 0 before the first."""
+        ...
+
+
+class _Superseded(Exception):  # a state of affairs, and no fault
+    """Another keeper has begun a later term."""
+
+
 @dataclass(slots=True)
 class Keeper:
     """Decides, from journal tails. Call `tick` often; it does little when nothing happened.
 
-    `publish` replaces the gateway's snapshot file. `lease` is in seconds; `max_stale` is passed on
-    to the gateway.
+    `holder` is a name that no other keeper has. `max_stale` is passed on to the gateway.
     """
 
+    holder: str
     ledger: Ledger
     journal: JournalReader
     gather: Callable[[Iterable[Record]], Gathered]
-    publish: Callable[[bytes], None]
+    snapshots: Snapshots
     clock: Clock
     new_id: NewId
     checklist: Checklist
     max_stale: float | None = None
-    _cursors: dict[str, int] | None = None
+    _cursors: dict[str, int] | None = None  # None: not in office
     _fence: int = 0
     _keeper: str = ""
     _units: dict[str, dict[str, UnitHistory]] = field(
@@ -77,7 +108,12 @@ class Keeper:
     )
     _published: tuple[dict[str, Plan], dict[str, Key]] | None = None
     _published_at: float = 0.0
-    _discarded_at: float = 0.0
+    _looked: float = -_LOOKS
+
+    @property
+    def in_office(self) -> bool:
+        """Whether this keeper decides, as far as it knows; else it stands by."""
+        return self._cursors is not None
 
     def tick(self) -> int:
         """Take one turn; returns how many records were taken in.
@@ -86,27 +122,44 @@ class Keeper:
         records are read again by the next tick. Raises Unavailable when the snapshot can't be
         written: the next tick tries again.
         """
-        now = self.clock()
+        cursors = self._cursors
+        if cursors is None:
+            cursors = self._take_office()
+        if cursors is None:
+            return 0
         try:
-            plans, keys, count = self._turn(now)
+            plans, keys, count, now = self._turn(cursors)
+        except _Superseded as later:
+            self._stand_by()
+            log.warning("%s; this keeper stands by", later)
+            return 0
         except BaseException:
             # What memory holds may be ahead of what was committed: start again from the ledger.
-            self._cursors = None
-            self._units.clear()
+            self._stand_by()
             raise
         self._publish(plans, keys, now)
         return count
 
-    def _turn(self, now: float) -> tuple[dict[str, Plan], dict[str, Key], int]:
-        """Take in records, decide and commit; gives what is to be published, and how many."""
-        if self._cursors is None:
-            self._begin_term(now)
-        records, cursors = self.journal.read(self._cursors or {}, BATCH)
+    def retire(self) -> None:
+        """Take in all that is left and give the office up, for a standby to take it at once."""
+        self._looked = -_LOOKS
+        while self.tick() >= BATCH:
+            pass
+        if not self.in_office:
+            return
+        with self.ledger.write() as tx:
+            current = tx.terms.current()
+            if self._is_mine(current):
+                tx.terms.put(given_up(current))
+        self._stand_by()
+
+    def _turn(self, before: dict[str, int]) -> tuple[dict[str, Plan], dict[str, Key], int, float]:
+        """Take in records, decide and commit; gives what is to be published, how many, and when."""
+        records, cursors = self.journal.read(before, BATCH)
         gathered = self.gather(records)
         with self.ledger.write() as tx:
-            if tx.terms.current().number != self._fence:
-                message = f"another keeper took over from term {self._fence}; this one stops"
-                raise Superseded(message)
+            now = self.clock()  # the lock may have been waited for
+            self._hold_office(tx, now)
             turn = Turn(tx, now, self._fence, self._keeper, self.new_id, self.checklist)
             tx.traffic.add(gathered.traffic)
             handle_intents(turn)
@@ -116,27 +169,63 @@ class Keeper:
             keys = {
                 stored.key.id: stored.key for stored in tx.keys.list() if stored.revoked_at is None
             }
-            if cursors != self._cursors:
+            if cursors != before:
                 tx.cursors.save(cursors)
-        begun = cursors.keys() != (self._cursors or {}).keys()
         self._cursors = cursors
-        self._tidy_journals(cursors, now, begun=begun)
-        return plans, keys, len(records)
+        return plans, keys, len(records), now
 
-    def _tidy_journals(self, cursors: Mapping[str, int], now: float, *, begun: bool) -> None:
-        """Delete what is read now and then, and when a segment was begun: its worker needs room."""
-        if begun or not self._discarded_at <= now < self._discarded_at + DISCARD_SECONDS:
-            self.journal.discard(cursors)
-            self._discarded_at = now
+    # --- office -------------------------------------------------------------------------------
 
-    def _begin_term(self, now: float) -> None:
+    def _take_office(self) -> dict[str, int] | None:
+        """Begin the following term, with the cursors that it begins at; None to stand by."""
+        now = self.clock()
+        if self._looked <= now < self._looked + _LOOKS:
+            return None
+        with self.ledger.read() as tx:  # a standby keeps no writer waiting
+            free = self._may_begin(tx.terms.current(), now)
+        if not free:
+            self._looked = now
+            return None
+        newest = self.snapshots.newest()
         with self.ledger.write() as tx:
-            self._fence = tx.terms.current().number + 1
-            tx.terms.put(Term(number=self._fence))
-            self._keeper = tx.principals.ensure("keeper", "service").id
-            tx.audit.append(at=now, actor=self._keeper, act="begin term", subject=str(self._fence))
+            now = self.clock()
+            current = tx.terms.current()
+            if not self._may_begin(current, now):
+                return None
+            # Where an older ledger was put back, the gateway obeys a later term than it knows of.
+            latest = msgspec.structs.replace(current, number=max(current.number, newest))
+            term = following(latest, self.holder, now, LEASE_SECONDS)
+            tx.terms.put(term)
+            keeper = tx.principals.ensure("keeper", "service").id
+            tx.audit.append(at=now, actor=keeper, act="begin term", subject=str(term.number))
             tx.traffic.forget_before(int(now // 60) - KEEP_TRAFFIC_MINUTES)
-            self._cursors = tx.cursors.load()
+            cursors = tx.cursors.load()
+        self._fence, self._keeper, self._cursors = term.number, keeper, cursors
+        self._published = None
+        log.info("term %d begins", term.number)
+        return cursors
+
+    def _hold_office(self, tx: Transaction, now: float) -> None:
+        """Renew the lease when that is due; _Superseded when a later term has begun.
+
+        A lease that ran out while nobody took over is still ours.
+        """
+        current = tx.terms.current()
+        if not self._is_mine(current):
+            message = f"another keeper began term {current.number} after term {self._fence}"
+            raise _Superseded(message)
+        if renewal_is_due(current, now, LEASE_SECONDS):
+            tx.terms.put(renewed(current, now, LEASE_SECONDS))
+
+    def _may_begin(self, current: Term, now: float) -> bool:
+        return not held_by_another(current, self.holder, now, LEASE_SECONDS)
+
+    def _is_mine(self, current: Term) -> bool:
+        return (current.number, current.holder) == (self._fence, self.holder)
+
+    def _stand_by(self) -> None:
+        self._cursors = None
+        self._units.clear()
 
     # --- rollouts -----------------------------------------------------------------------------
 
@@ -219,7 +308,8 @@ class Keeper:
             else msgspec.structs.replace(plan, lease=now + plan.lease_seconds)
             for name, plan in plans.items()
         }
-        self.publish(
+        self.snapshots.publish(
+            self._fence,
             encode_snapshot(
                 Snapshot(
                     written=now,
@@ -228,7 +318,7 @@ class Keeper:
                     max_stale=self.max_stale,
                     fence=self._fence,
                 )
-            )
+            ),
         )
         self._published, self._published_at = (plans, keys), now
 
