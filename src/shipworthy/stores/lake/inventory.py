@@ -39,7 +39,7 @@ def data_files(table: Path) -> list[Path]:
     from deltalake.exceptions import DeltaError
 
     try:
-        actions = DeltaTable(table, skip_stats=True).get_add_actions()
+        actions = DeltaTable(table).get_add_actions()
         paths = cast("list[str]", actions["path"].to_pylist())
     except (DeltaError, OSError) as error:
         raise _unreadable(table, str(error)) from error
