@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
-import signal
 import sys
 import threading
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
-import msgspec
-
-from shipworthy.app.processes import follow_parent, log_to_stderr
+from shipworthy.app.processes import Worker
 from shipworthy.app.session import Session, open_session
 from shipworthy.errors import ShipworthyError
 from shipworthy.loops import run_until
 from shipworthy.settings import Project
 from shipworthy.stores.journal import JournalReader
-from shipworthy.stores.lake.state import Condition
+from shipworthy.stores.lake.state import Condition, load_condition
 from shipworthy.stores.lake.writer import Files, LakeWriter
-
-log = logging.getLogger(__name__)
 
 BETWEEN_SECONDS = 0.05
 """How long the lake's lock is free between batches."""
@@ -32,10 +25,7 @@ LONGEST_WAIT = 5.0
 
 def read_condition(project: Project) -> Condition | None:
     """How the lake's writer is; None where none has run yet."""
-    try:
-        return msgspec.json.decode(project.lake_condition.read_bytes(), type=Condition)
-    except (OSError, msgspec.MsgspecError):
-        return None
+    return load_condition(project.lake_condition)
 
 
 def make_writer(session: Session) -> LakeWriter:
@@ -67,22 +57,14 @@ def main(folder: Path) -> int:
 
     Ends with 3 when it can't even begin.
     """
-    log_to_stderr()
-    stop = threading.Event()
-
-    def end(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    follow_parent(stop.set)
+    worker = Worker()
     try:
         session = open_session(folder)
-        work = partial(move_all, make_writer(session), stop)
+        work = partial(move_all, make_writer(session), worker.stop)
         every = session.project.settings.lake.every
-        run_until(stop, work, every=every, longest_wait=max(every, LONGEST_WAIT))
+        run_until(worker.stop, work, every=every, longest_wait=max(every, LONGEST_WAIT))
     except ShipworthyError as error:
-        log.warning("%s", error)
+        sys.stderr.write(f"{error}\n")
         return 3
     return 0
 
