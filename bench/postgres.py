@@ -56,7 +56,10 @@ class PostgresServer:
 
     def __init__(self, *, fsync: bool = False) -> None:
         self._programs = programs()
-        self._account = _account()
+        account = _account()
+        self._user = account and account.pw_uid
+        self._group = account and account.pw_gid
+        self._groups: list[int] | None = [] if account else None
         self.folder = Path(tempfile.mkdtemp(prefix="postgres-"))
         self.port = _free_port()
         self._options = {
@@ -143,8 +146,8 @@ class PostgresServer:
             return cursor.fetchall() if cursor.description else []
 
     def _make(self) -> None:
-        if self._account:
-            os.chown(self.folder, self._account.pw_uid, self._account.pw_gid)
+        if self._user is not None and self._group is not None:
+            os.chown(self.folder, self._user, self._group)
         # An ICU collation orders names unlike SQLite, as most servers out there do.
         command = [
             *(self._programs / "initdb", "-D", self.folder / "data", "-U", "postgres"),
@@ -152,7 +155,13 @@ class PostgresServer:
             *("--locale-provider=icu", "--icu-locale=en"),
         ]
         done = subprocess.run(
-            command, cwd=self.folder, capture_output=True, check=False, **self._identity()
+            command,
+            cwd=self.folder,
+            capture_output=True,
+            check=False,
+            user=self._user,
+            group=self._group,
+            extra_groups=self._groups,
         )
         if done.returncode:
             raise RuntimeError(done.stderr.decode())
@@ -169,14 +178,10 @@ class PostgresServer:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                text=False,
-                **self._identity(),
+                user=self._user,
+                group=self._group,
+                extra_groups=self._groups,
             )
-
-    def _identity(self) -> dict[str, Any]:
-        if self._account is None:
-            return {}
-        return {"user": self._account.pw_uid, "group": self._account.pw_gid, "extra_groups": []}
 
     def _answers(self) -> bool:
         if self._process is None:

@@ -212,7 +212,7 @@ def _engine(
         milliseconds = [str(int(seconds * 1000)) for seconds in limits.values()]
         connection.execute(f"SELECT {pairs}".encode(), milliseconds)
         connection.commit()
-        connection.read_only = read_only
+        connection.read_only = read_only or None  # else as the server has it
         connection.isolation_level = (
             IsolationLevel.REPEATABLE_READ if read_only else IsolationLevel.READ_COMMITTED
         )
