@@ -50,6 +50,14 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
 
 
+def load_condition(file: Path) -> Condition | None:
+    """How the writer was last; None where that can't be told."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Condition)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
 def load_place(file: Path) -> Place | None:
     """The place; None where nothing was written yet. Raises IntegrityError when it is damaged."""
     try:

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -45,6 +45,15 @@ _PROPERTIES = {
 }
 _ABOUT = {INFERENCES: "time", FEEDBACK: "asked"}
 """The tables that know of units, and the column with the time of the request in question."""
+
+
+@dataclass(frozen=True, slots=True)
+class SmallFiles:
+    """How many files of a day could be merged, and their bytes; no day in a table without."""
+
+    day: date | None
+    count: int
+    size: int
 
 
 class LakeTable:
@@ -85,17 +94,19 @@ class LakeTable:
 
     # --- upkeep -------------------------------------------------------------------------------
 
-    def small_files(self) -> Counter[date | None]:
-        """How many files that could be merged each day has; the day is None in a table without."""
+    def small_files(self) -> list[SmallFiles]:
+        """What could be merged, by day."""
         with self._explained():
             files = self._delta.get_add_actions(flatten=True)
         sizes = cast("list[int]", files["size_bytes"].to_pylist())
         days: list[Any] = [None] * len(sizes)
         if self.table.by_day:
             days = list(cast("Iterable[Any]", files["partition.day"].to_pylist()))
-        return Counter(
-            day for day, size in zip(days, sizes, strict=True) if size < TARGET_BYTES // 2
-        )
+        small: dict[date | None, list[int]] = {}
+        for day, size in zip(days, sizes, strict=True):
+            if size < TARGET_BYTES // 2:
+                small.setdefault(day, []).append(size)
+        return [SmallFiles(day, len(found), sum(found)) for day, found in small.items()]
 
     def compact(self, day: date | None, now: float) -> None:
         """Merge a day's small files."""
@@ -122,15 +133,23 @@ class LakeTable:
             )
             return True
 
-    def forget(self, tombstones: Iterable[Tombstone], now: float) -> None:
-        """Delete what is recorded of these units until they were forgotten."""
+    def days_with(self, tombstones: Sequence[Tombstone]) -> list[date]:
+        """The days on which something was recorded of these units that is to be forgotten."""
         about = _ABOUT.get(self.table)
-        predicate = " OR ".join(_forgotten(each, about) for each in tombstones if about)
-        if not predicate:
-            return
+        if about is None:
+            return []
+        with self._explained():
+            found = self._delta.scan(["day"], _forgotten(tombstones, about)).read_all()
+        return sorted(set(cast("Iterable[date]", found["day"].to_pylist())))
+
+    def forget(self, tombstones: Sequence[Tombstone], day: date, now: float) -> None:
+        """Delete what was recorded of these units on a day, until they were forgotten."""
+        predicate = _forgotten(tombstones, _ABOUT[self.table])
         with self._explained(), self._replacing(now):
             self._delta.delete(
-                predicate, writer_properties=self._writing, commit_properties=_committing()
+                f"day = '{day.isoformat()}' AND ({predicate})",
+                writer_properties=self._writing,
+                commit_properties=_committing(),
             )
 
     def sweep(self) -> None:
@@ -264,11 +283,17 @@ def _writer_properties(table: Table) -> WriterProperties:
     )
 
 
-def _forgotten(tombstone: Tombstone, about: str) -> str:
-    """What is to be deleted, said so that the log, which keeps this, doesn't name the unit."""
-    unit = hashlib.sha256(tombstone.unit.encode()).hexdigest()
-    until = datetime.fromtimestamp(tombstone.at, UTC).isoformat(timespec="microseconds")
-    return f"(sha256(unit) = X'{unit}' AND ({about} IS NULL OR {about} <= '{until}'))"
+def _forgotten(tombstones: Iterable[Tombstone], about: str) -> str:
+    """What is to be deleted, said so that the log, which keeps this, doesn't name the units."""
+    return " OR ".join(
+        f"(sha256(unit) = X'{hashlib.sha256(each.unit.encode()).hexdigest()}'"
+        f" AND ({about} IS NULL OR {about} <= '{_moment(each.at)}'))"
+        for each in tombstones
+    )
+
+
+def _moment(time: float) -> str:
+    return datetime.fromtimestamp(time, UTC).isoformat(timespec="microseconds")
 
 
 def _first_line(error: Exception) -> str:

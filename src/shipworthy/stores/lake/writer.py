@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from shipworthy.stores.files import locked, replace_file
 from shipworthy.stores.journal import JournalReader
 from shipworthy.stores.lake import schema
 from shipworthy.stores.lake.rows import Unfit, decision_rows, rows_of, split_unfit
-from shipworthy.stores.lake.state import Condition, Place, load_place, save_place
+from shipworthy.stores.lake.state import Condition, Place, load_condition, load_place, save_place
 from shipworthy.stores.lake.tables import LakeTable, lake_has_tables
 from shipworthy.stores.lake.upkeep import Upkeep
 
@@ -38,6 +39,7 @@ BATCH_BYTES = 64 * 1024 * 1024
 READERS_SECONDS = 300.0
 """How long whoever reads a table may need the files that it began with, at most."""
 _DECISIONS, _UNITS = 1_000, 100  # at a time
+_PUT_OFF = 600.0  # seconds until upkeep that failed is tried again
 _BATCHED = (schema.INFERENCES, schema.FEEDBACK, schema.MINUTES)
 DECISIONS_WRITER = "decisions"
 """Whose transactions the table of decisions numbers: by the ledger's sequence."""
@@ -59,7 +61,8 @@ class _Opened:
 
     place: Place
     tables: dict[schema.Table, LakeTable]
-    upkeep: Upkeep
+    forgetting: list[tuple[schema.Table, date]] | None = None
+    """Where the units that are being forgotten are still to be deleted, once that is known."""
 
 
 @dataclass(slots=True)
@@ -78,11 +81,19 @@ class LakeWriter:
     batch_records: int = BATCH_RECORDS
     _opened: _Opened | None = None
     _tombstones: list[Tombstone] | None = None
-    _complete: float = 0.0
+    _upkeep: Upkeep = field(init=False)
+    _upkeep_from: float = 0.0
+    _upkeep_problem: str = ""
+    _complete: float = field(init=False)
     _committed: float | None = None
     _records: int = 0
     _unfit: int = 0
     _problem: str = ""
+
+    def __post_init__(self) -> None:
+        before = load_condition(self.files.condition)
+        self._complete = before.complete if before else self.clock()
+        self._upkeep = Upkeep(self.keep)
 
     def cycle(self) -> bool:
         """Move one batch, and do a piece of upkeep; whether there is more to be done at once.
@@ -90,7 +101,7 @@ class LakeWriter:
         Raises Unavailable and IntegrityError for what keeps it from going on; the records wait in
         the journals then, and the next call tries again.
         """
-        self._problem = ""
+        self._problem = self._upkeep_problem if self.clock() < self._upkeep_from else ""
         try:
             with locked(self.files.lock):
                 return self._cycle()
@@ -115,8 +126,9 @@ class LakeWriter:
             table.append(decision_rows(decisions), DECISIONS_WRITER, decisions[-1][0])
         if cursors is not None:
             self.journal.discard(opened.place.end, cursors)
-        forgot = self._forget(opened, now)
-        return more or len(decisions) == _DECISIONS or forgot or opened.upkeep.step(now)
+        if now >= self._upkeep_from:
+            more = self._tidy(opened, now) or more
+        return more or len(decisions) > _DECISIONS // 2
 
     # --- opening ------------------------------------------------------------------------------
 
@@ -134,7 +146,7 @@ class LakeWriter:
         if place.purge is not None:
             # Who replaced the files that are to be removed is not known here, so wait in full.
             place = msgspec.structs.replace(place, purge=now + READERS_SECONDS)
-        return _Opened(place, tables, Upkeep(tables, self.keep))
+        return _Opened(place, tables)
 
     def _first_place(self) -> Place:
         if lake_has_tables(self.files.lake):
@@ -158,18 +170,24 @@ class LakeWriter:
         before; but not before anything was.
         """
         known = self._tombstones or []
-        written = opened.tables[schema.DECISIONS].written(DECISIONS_WRITER) or 0
+        newest = opened.tables[schema.DECISIONS].written(DECISIONS_WRITER) or 0
         try:
             with self.ledger.read() as tx:
                 known = [*known, *tx.tombstones.after(known[-1].sequence if known else 0)]
                 cursors = tx.cursors.load()
-                decisions = list(tx.decisions.after(written, _DECISIONS))
+                decisions = list(tx.decisions.after(max(0, newest - 1), _DECISIONS))
         except LedgerUnavailable as error:
             if self._tombstones is None:
                 raise
             self._problem = f"decisions wait: {error}"
             return None, []
         self._tombstones = known
+        if newest and (not decisions or decisions.pop(0)[0] != newest):
+            self._problem = (
+                f"decisions wait: the lake has number {newest}, which the ledger hasn't; restore"
+                " both from the same backup"
+            )
+            return cursors, []
         return cursors, decisions
 
     # --- batches ------------------------------------------------------------------------------
@@ -205,7 +223,7 @@ class LakeWriter:
         for table, rows in self._rows(kept).items():
             if (opened.tables[table].written(place.slot) or 0) < place.batch:
                 opened.tables[table].append(rows, place.slot, place.batch)
-                opened.upkeep.appended(table)
+                self._upkeep.appended(table)
         self._save(opened, start=place.end)
         if records:
             self._records += len(kept)
@@ -220,24 +238,49 @@ class LakeWriter:
             self._unfit += unfit
             return rows_of(fit)
 
-    # --- forgetting ---------------------------------------------------------------------------
+    # --- forgetting, and the rest of upkeep ----------------------------------------------------
+
+    def _tidy(self, opened: _Opened, now: float) -> bool:
+        """Do a piece of what need not be done for records to get on; whether there was any."""
+        try:
+            return self._forget(opened, now) or self._upkeep.step(opened.tables, now)
+        except Unavailable as error:
+            # A damaged file must not keep new records out.
+            self._opened, self._upkeep_from = None, now + _PUT_OFF
+            self._problem = self._upkeep_problem = f"the lake's upkeep is put off: {error}"
+            log.warning("%s", self._problem)
+            return False
 
     def _forget(self, opened: _Opened, now: float) -> bool:
         """Delete forgotten units, and later the files that they were in; whether it did either."""
         place = opened.place
         pending = [each for each in self._tombstones or () if each.sequence > place.forgotten]
         if pending:
-            some = pending[:_UNITS]
-            for table in opened.tables.values():
-                table.forget(some, now)
-            purge = place.purge or now + READERS_SECONDS
-            self._save(opened, forgotten=some[-1].sequence, purge=purge)
+            self._delete(opened, pending[:_UNITS], now)
             return True
         if place.purge is None or now < place.purge:
             return False
         gone = [table.purge(now, READERS_SECONDS) for table in opened.tables.values()]
         self._save(opened, purge=None if all(gone) else now + READERS_SECONDS)
         return True
+
+    def _delete(self, opened: _Opened, units: list[Tombstone], now: float) -> None:
+        """Delete units from one day of one table, or take note that they are gone from all."""
+        if opened.forgetting is None:
+            # Whatever is moved from here on is filtered, so nothing comes to further days.
+            opened.forgetting = [
+                (table, day)
+                for table, each in opened.tables.items()
+                for day in each.days_with(units)
+            ]
+        if opened.forgetting:
+            table, day = opened.forgetting[0]
+            opened.tables[table].forget(units, day, now)
+            del opened.forgetting[0]
+            return
+        opened.forgetting = None
+        purge = opened.place.purge or now + READERS_SECONDS
+        self._save(opened, forgotten=units[-1].sequence, purge=purge)
 
     # --- what is remembered -------------------------------------------------------------------
 
