@@ -175,6 +175,36 @@ def test_a_plan_that_was_removed_may_begin_again(following):
     assert following.write(revision=1)
 
 
+def test_the_newest_term_is_obeyed_also_by_one_that_starts_just_then(following):
+    following.write(keeper=1, revision=5)
+    following.path = following.folder / f"{2:020d}"
+    assert following.write(keeper=2, revision=6)
+    following.path = following.folder / f"{1:020d}"
+    assert not following.write(keeper=1, revision=7)
+    assert following.refused == []
+    following.restart()
+    assert following.follower.poll()
+    assert following.follower.current.fence == 2
+
+
+def test_a_damaged_newest_file_gives_no_older_one_its_place(following, caplog):
+    following.write(keeper=1)
+    following.path = following.folder / f"{2:020d}"
+    following.write_bytes(b"torn")
+    following.restart()
+    assert not following.follower.poll()
+    assert following.follower.current is None
+
+
+def test_a_file_that_goes_while_it_is_read_is_no_fault(following, monkeypatch, caplog):
+    following.write(keeper=1)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: path.with_name("gone").open("rb").read())
+    assert not following.write(keeper=1, revision=2)
+    monkeypatch.undo()
+    assert following.follower.poll()
+    assert following.refused == []
+
+
 # --- leases -----------------------------------------------------------------------------------
 
 
