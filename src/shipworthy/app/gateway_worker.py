@@ -47,6 +47,12 @@ def main(state: Path, options: WorkerOptions) -> int:
         journal = JournalWriter(
             state / "journals", worker=options.worker, max_bytes=options.journal_bytes
         )
+        beat = heartbeat()
+
+        def each_second() -> None:
+            beat()
+            journal.rest()
+
         with closing(journal):
             run(
                 GatewayOptions(
@@ -61,7 +67,7 @@ def main(state: Path, options: WorkerOptions) -> int:
                 pseudonym_secret=(state / "secrets" / "pseudonyms").read_bytes(),
                 clock=time.time,
                 uniform=random.SystemRandom().random,
-                heartbeat=heartbeat(),
+                heartbeat=each_second,
             )
     except ShipworthyError as error:
         sys.stderr.write(f"{error}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,8 @@ BETWEEN_SECONDS = 0.05
 """How long the lake's lock is free between batches."""
 LONGEST_WAIT = 5.0
 """Seconds between tries, through faults."""
+LAST_SECONDS = 5.0
+"""How long a writer that was told to stop goes on while there are records; the rest may wait."""
 
 
 def read_condition(project: Project) -> Condition | None:
@@ -47,9 +50,11 @@ def make_writer(session: Session) -> LakeWriter:
 
 
 def move_all(writer: LakeWriter, stop: threading.Event) -> None:
-    """Move what there is, letting others at the lake in between; at a stop no more than a batch."""
-    while writer.cycle() and not stop.wait(BETWEEN_SECONDS):
-        pass
+    """Move what there is, letting others at the lake in between."""
+    deadline = float("inf")
+    while writer.cycle() and time.monotonic() < deadline:
+        if stop.wait(BETWEEN_SECONDS):
+            deadline = min(deadline, time.monotonic() + LAST_SECONDS)
 
 
 def main(folder: Path) -> int:
@@ -60,7 +65,7 @@ def main(folder: Path) -> int:
     worker = Worker()
     try:
         session = open_session(folder)
-        work = partial(move_all, make_writer(session), worker.stop)
+        work = worker.turn(partial(move_all, make_writer(session), worker.stop))
         every = session.project.settings.lake.every
         run_until(worker.stop, work, every=every, longest_wait=max(every, LONGEST_WAIT))
     except ShipworthyError as error:

@@ -79,16 +79,16 @@ class LakeWriter:
     new_slot: Callable[[], str]
     keep: float
     batch_records: int = BATCH_RECORDS
-    _opened: _Opened | None = None
-    _tombstones: list[Tombstone] | None = None
+    _opened: _Opened | None = field(init=False, default=None)
+    _tombstones: list[Tombstone] | None = field(init=False, default=None)
     _upkeep: Upkeep = field(init=False)
-    _upkeep_from: float = 0.0
-    _upkeep_problem: str = ""
+    _upkeep_from: float = field(init=False, default=0.0)
+    _upkeep_problem: str = field(init=False, default="")
     _complete: float = field(init=False)
-    _committed: float | None = None
-    _records: int = 0
-    _unfit: int = 0
-    _problem: str = ""
+    _committed: float | None = field(init=False, default=None)
+    _records: int = field(init=False, default=0)
+    _unfit: int = field(init=False, default=0)
+    _problem: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
         before = load_condition(self.files.condition)
