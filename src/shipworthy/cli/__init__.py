@@ -10,8 +10,9 @@ from typing import Annotated, cast
 import typer
 
 from shipworthy import __version__
-from shipworthy.cli import access, backup, project, promotion, releases
+from shipworthy.cli import access, backup, lake, project, promotion, releases
 from shipworthy.cli.demo import demo
+from shipworthy.cli.doctor import doctor
 from shipworthy.cli.output import err
 from shipworthy.errors import ShipworthyError
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 for command in (project.init, project.try_model, project.up, project.apply, project.status):
     app.command("try" if command is project.try_model else None)(command)
 app.command()(demo)
+app.command()(doctor)
 app.command()(releases.serve)
 app.add_typer(releases.release, name="release")
 app.command()(promotion.check)
@@ -35,6 +37,8 @@ app.add_typer(promotion.rollout, name="rollout")
 app.command()(promotion.rollback)
 app.add_typer(access.keys, name="keys")
 app.add_typer(access.audit, name="audit")
+app.command()(lake.query)
+app.command()(lake.forget)
 app.add_typer(backup.backup, name="backup")
 
 
