@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import http.client
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from shipworthy.app.children import ChildState, Processes
+from shipworthy.app.children import ChildState, Processes, read_processes
 from shipworthy.app.gateway_address import gateway_address
 from shipworthy.app.lake_writing import read_condition
+from shipworthy.domain.terms import Term
 from shipworthy.errors import Unavailable
 from shipworthy.settings import Project
 
@@ -20,7 +21,12 @@ LAG_LIMIT = 60.0
 """Seconds that the lake may be behind before somebody should know."""
 _PATIENCE = 2.0
 _MANY_RESTARTS = 3
-_RECENTLY = 300.0
+RECENTLY = 300.0
+LAPSE = 5.0
+"""Seconds that nobody may hold the keeper's term: a standby takes over within less."""
+STARTING = 30.0
+"""Seconds that 'up' may take before what should run must."""
+_ASK = "ask 'shipworthy doctor'"
 
 
 def ask_gateway(project: Project, path: str) -> tuple[int, str]:
@@ -61,7 +67,7 @@ def restarted_often(processes: Processes, now: float) -> list[ChildState]:
     return [
         child
         for child in processes.children
-        if child.restarts >= _MANY_RESTARTS and now - child.problem_at < _RECENTLY
+        if child.restarts >= _MANY_RESTARTS and now - child.problem_at < RECENTLY
     ]
 
 
@@ -69,6 +75,45 @@ def lake_lag(project: Project, now: float) -> float | None:
     """Seconds that the lake is behind; None where its writer has never run."""
     condition = read_condition(project)
     return None if condition is None else now - condition.complete
+
+
+def troubles(project: Project, term: Term, now: float, up_for: float) -> list[str]:
+    """What a person should know first of a project that has run for `up_for` seconds."""
+    return [
+        *_dropping(project, now, up_for),
+        *_lagging(project, now),
+        *_undecided(term, now, up_for),
+        *_dying(project, now),
+    ]
+
+
+def _dropping(project: Project, now: float, up_for: float) -> Iterator[str]:
+    try:
+        _, metrics = ask_gateway(project, "/metrics")
+    except Unavailable:
+        if up_for > STARTING:
+            yield f"the gateway does not answer; {_ASK}"
+        return
+    if now - last_drop(metrics) < RECENTLY:
+        counts = counted(dropped_records(metrics))
+        yield f"records are being dropped: {counts} since the gateway began; {_ASK}"
+
+
+def _lagging(project: Project, now: float) -> Iterator[str]:
+    lag = lake_lag(project, now)
+    if lag is not None and lag > LAG_LIMIT:
+        yield f"the lake is {lag:.0f} s behind; {_ASK}"
+
+
+def _undecided(term: Term, now: float, up_for: float) -> Iterator[str]:
+    if now - term.until > LAPSE and up_for > STARTING:
+        yield f"no keeper decides, so no rollout moves; {_ASK}"
+
+
+def _dying(project: Project, now: float) -> Iterator[str]:
+    processes = read_processes(project)
+    for child in restarted_often(processes, now) if processes else ():
+        yield f"the {child.name} was restarted {child.restarts} times: {child.problem}"
 
 
 def counted(counts: Mapping[str, int]) -> str:

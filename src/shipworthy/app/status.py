@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import msgspec
 
+from shipworthy.app.health import troubles
 from shipworthy.app.session import Session
 from shipworthy.domain.lifecycle import Deployment, DeploymentState, Release, TrafficCount
 from shipworthy.domain.names import ReleaseReference, Stage, plan_name
@@ -83,12 +84,15 @@ def status_of(session: Session, model: str | None = None) -> Status:
             for intent in tx.intents.open()
             if now - intent.at > 5
         ]
+        term = tx.terms.current()
     running = is_running(session)
     if not running:
         models = [_stopped(status) for status in models]
     needs = [need for status in models for need in _needs(status)] + waiting
     if not running:
         needs.insert(0, "nothing is running here; start it with 'shipworthy up'")
+    else:
+        needs = troubles(session.project, term, now, up_for(session.project, now)) + needs
     return Status(
         running=running,
         keeper_seen=_keeper_seen(session.project),
@@ -127,6 +131,11 @@ def is_held(project: Project) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def up_for(project: Project, now: float) -> float:
+    """Seconds since an `up` took the lock."""
+    return now - (project.state / LOCK).stat().st_mtime
 
 
 def _model(tx: Transaction, name: str, now: float) -> ModelStatus:

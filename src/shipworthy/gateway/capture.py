@@ -35,7 +35,7 @@ class Capture:
             if not self._failing:
                 _log.exception("a record could not be written")
         if not written:
-            self._metrics.settle_dropped(self._journal.dropped)
+            self._metrics.settle_dropped(self._journal.dropped, record.at)
         if written is self._failing:  # said once when it begins, and once when it is over
             self._failing = not written
             _log.warning("records are written again" if written else "records are being dropped")

@@ -92,7 +92,7 @@ class FeedbackDoor:
     def _written(self, record: FeedbackRecord) -> bool:
         try:
             written = self._journal.append(record)
-            self._metrics.settle_dropped(self._journal.dropped)
+            self._metrics.settle_dropped(self._journal.dropped, record.at)
             return written
         except Exception:  # noqa: BLE001  # whatever it is, the client must send it again
             self._metrics.dropped.labels("fault").inc()

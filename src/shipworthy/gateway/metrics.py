@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Literal
 
 from prometheus_client import (
     CollectorRegistry,
@@ -65,6 +65,9 @@ class Metrics:
         self.retries = self._counter("retries", "Further attempts at the same arm.", "plan")
         self.denied = self._counter("denied", "Requests without a right to what they asked.", "why")
         self.dropped = self._counter("records_dropped", "Records that were not written.", "why")
+        self.last_drop = self._gauge(
+            "last_drop_timestamp_seconds", "When a record was last not written.", merge="max"
+        )
         self._dropped_before: defaultdict[str, int] = defaultdict(int)
         self.feedback = self._counter("feedback", "Feedback that was taken.", "kind")
         self.refused_snapshots = self._counter(
@@ -97,9 +100,11 @@ class Metrics:
         """Count a first attempt."""
         self._ends[plan, release, outcome, reason] += 1
 
-    def settle_dropped(self, counts: Mapping[str, int]) -> None:
+    def settle_dropped(self, counts: Mapping[str, int], now: float) -> None:
         """Take over how many records the journal has dropped so far, by reason."""
         for why, count in counts.items():
+            if count > self._dropped_before[why]:
+                self.last_drop.set(now)
             self.dropped.labels(why).inc(count - self._dropped_before[why])
             self._dropped_before[why] = count
 
@@ -126,7 +131,12 @@ class Metrics:
     def _counter(self, name: str, help: str, *labels: str) -> Counter:  # noqa: A002
         return Counter(f"shipworthy_gateway_{name}", help, labels, registry=self.registry)
 
-    def _gauge(self, name: str, help: str) -> Gauge:  # noqa: A002
+    def _gauge(
+        self,
+        name: str,
+        help: str,  # noqa: A002
+        merge: Literal["livesum", "max"] = "livesum",
+    ) -> Gauge:
         return Gauge(
-            f"shipworthy_gateway_{name}", help, registry=self.registry, multiprocess_mode="livesum"
+            f"shipworthy_gateway_{name}", help, registry=self.registry, multiprocess_mode=merge
         )

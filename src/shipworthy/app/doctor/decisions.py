@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 
 from sqlalchemy import Connection, inspect, text
 
 from shipworthy.app.doctor.results import (
     LEDGER_PATIENCE,
-    STARTING,
     Case,
     NeedsLedger,
     Result,
@@ -18,6 +18,7 @@ from shipworthy.app.doctor.results import (
     told,
     warn,
 )
+from shipworthy.app.health import LAPSE, STARTING
 from shipworthy.domain.audit import verify
 from shipworthy.domain.lifecycle import manifest_of
 from shipworthy.domain.manifest import PinnedFile
@@ -63,7 +64,7 @@ def ledger(case: Case) -> Iterator[Result]:
 
 
 def _no_ledger(case: Case) -> Result:
-    if newest_snapshot(case.project.snapshots) is None:
+    if _newest_snapshot(case) is None:
         seen = "there is no ledger yet"
         return warn("ledger", seen, "'shipworthy up' makes it; or restore it from a backup")
     seen = f"the ledger {case.project.state / 'ledger.db'} is gone, and with it every decision"
@@ -125,7 +126,7 @@ def term(case: Case) -> Iterator[Result]:
     now = case.clock()
     with case.ledger() as opened, opened.read() as tx:
         current = tx.terms.current()
-    if current.until >= now:
+    if now - current.until <= LAPSE:
         yield good("keeper", f"{current.holder or 'the keeper'} holds term {current.number}")
     elif case.up_for < STARTING:
         yield good("keeper", "'shipworthy up' is starting")
@@ -137,7 +138,7 @@ def term(case: Case) -> Iterator[Result]:
 
 def snapshot(case: Case) -> Iterator[Result]:
     """What the gateway obeys: is it there, whole, fresh, and not from the future."""
-    file = newest_snapshot(case.project.snapshots)
+    file = _newest_snapshot(case)
     if file is None:
         if case.running and case.up_for > STARTING:
             seen = "there is no snapshot, so the gateway knows neither keys nor plans"
@@ -151,6 +152,11 @@ def snapshot(case: Case) -> Iterator[Result]:
         yield bad("snapshot", f"the gateway does not obey {file}: {error}", cure)
         return
     yield from _snapshot_times(read, case.clock(), running=case.running, log=str(log))
+
+
+def _newest_snapshot(case: Case) -> Path | None:
+    folder = case.project.snapshots
+    return newest_snapshot(folder) if folder.is_dir() else None
 
 
 def _snapshot_times(read: Snapshot, now: float, *, running: bool, log: str) -> Iterator[Result]:
@@ -282,7 +288,7 @@ def _missing(case: Case, files: dict[str, tuple[PinnedFile, str]]) -> Iterator[R
         if size != file.size:
             what = "is missing" if size is None else f"has {size:,} bytes instead of {file.size:,}"
             cure = f"restore {path} from a backup, or register the release from its files again"
-            yield bad("blobs", f"{file.path} of {release} {what}", cure)
+            yield bad("blobs", f"a file of {release} {what}: {file.digest[:19]}…", cure)
 
 
 def _verify(

@@ -12,10 +12,12 @@ import re
 import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from shipworthy.app.doctor.results import Case, Result, bad, good, told, warn
 from shipworthy.app.health import megabytes
+from shipworthy.errors import UsageError
 from shipworthy.settings import FILE, MEBIBYTE, Project
 
 _PROBE = ".doctor."
@@ -100,7 +102,14 @@ def state_folders(case: Case) -> Iterator[Result]:
         seen = f"there is no {project.state}; the project has not run yet, or was restored by half"
         yield warn("state folder", seen, "'shipworthy up' makes it, or restore it from a backup")
         return
-    folders = (project.secrets, project.journals, project.logs, project.blobs, project.replicas)
+    folders = (
+        project.secrets,
+        project.journals,
+        project.snapshots,
+        project.logs,
+        project.blobs,
+        project.replicas,
+    )
     wrong = [path for path in folders if os.path.lexists(path) and not path.is_dir()]
     for path in wrong:
         cure = f"move {path} away; 'shipworthy up' makes the folder anew, a backup has its files"
@@ -126,7 +135,16 @@ def _secret(path: Path) -> Iterator[Result]:
 def writable(case: Case) -> Iterator[Result]:
     """Whether files can be made, locked and linked where they must be: by trying."""
     project = case.project
-    folders = [project.state, project.secrets, project.journals, project.logs, project.blobs]
+    folders = [
+        project.state,
+        project.secrets,
+        project.journals,
+        project.snapshots,
+        project.logs,
+        project.blobs,
+    ]
+    with suppress(UsageError):  # a wrong lake.url, which the lake's examination tells
+        folders.append(project.lake)
     trouble = False
     for folder in folders:
         if not folder.is_dir():
@@ -191,7 +209,7 @@ def leftovers(case: Case) -> Iterator[Result]:
     project, now = case.project, case.clock()
     found = [
         path
-        for folder in (project.state, project.secrets)
+        for folder in (project.state, project.secrets, project.snapshots)
         for path in _entries(folder)
         if _LEFT.fullmatch(path.name)
     ]

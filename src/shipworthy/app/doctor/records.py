@@ -10,10 +10,12 @@ from pathlib import Path
 from shipworthy.app.doctor.results import Case, NeedsLedger, Result, bad, good, told, warn
 from shipworthy.app.health import (
     LAG_LIMIT,
+    RECENTLY,
     ask_gateway,
     counted,
     dropped_records,
     lake_lag,
+    last_drop,
     megabytes,
 )
 from shipworthy.app.lake_writing import read_condition
@@ -135,7 +137,8 @@ def drops(case: Case) -> Iterator[Result]:
     if counts:
         seen = f"the gateway has dropped {counted(counts)} since it began"
         reasons = " and ".join(_drop_cure(why) for why in counts)
-        yield bad("dropped records", seen, reasons)
+        recent = case.clock() - last_drop(metrics) < RECENTLY
+        yield (bad if recent else warn)("dropped records", seen, reasons)
     else:
         yield good("dropped records", "none since the gateway began")
 

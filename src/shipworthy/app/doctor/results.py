@@ -10,7 +10,7 @@ from enum import StrEnum
 import msgspec
 
 from shipworthy.app.doctor.machine import Machine
-from shipworthy.app.status import LOCK, is_held
+from shipworthy.app.status import is_held, up_for
 from shipworthy.errors import ShipworthyError
 from shipworthy.ports import Clock
 from shipworthy.settings import Project
@@ -18,8 +18,6 @@ from shipworthy.stores.ledger import SqlLedger, open_ledger
 
 LEDGER_PATIENCE = 1.0
 """Seconds to wait for a lock of the ledger."""
-STARTING = 30.0
-"""Seconds that 'up' may take before what should run must."""
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -108,7 +106,7 @@ class Case:
     @property
     def up_for(self) -> float:
         """Seconds since `up` took the lock."""
-        return self.clock() - (self.project.state / LOCK).stat().st_mtime
+        return up_for(self.project, self.clock())
 
     @contextmanager
     def ledger(self) -> Generator[SqlLedger]:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from shipworthy import __version__
 from shipworthy.app.children import read_processes
 from shipworthy.app.doctor.machine import DEAD, STOPPED, Process
-from shipworthy.app.doctor.results import STARTING, Case, Result, bad, good, told, unseen, warn
+from shipworthy.app.doctor.results import Case, Result, bad, good, told, unseen, warn
 from shipworthy.app.gateway_address import gateway_address, gateway_file
-from shipworthy.app.health import ask_gateway, restarted_often
+from shipworthy.app.health import STARTING, ask_gateway, restarted_often
 from shipworthy.app.status import LOCK
 from shipworthy.domain.lifecycle import Deployment, DeploymentState, Release
 from shipworthy.domain.names import ReleaseReference
