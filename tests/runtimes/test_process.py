@@ -258,7 +258,11 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("command", ["shipworthy serve {release}", "{python} SCRIPT {port}"])
-def test_no_orphans_when_the_parent_is_killed(command, code_release, deployment, tools, tmp_path):
+@pytest.mark.parametrize("before", [None, signal.SIGSTOP, signal.SIGKILL])
+def test_no_orphans_when_the_parent_is_killed(
+    command, before, code_release, deployment, tools, tmp_path
+):
+    """Also when the server has been stopped, with all it started, or is killed first."""
     import msgspec
 
     script = tmp_path / "server.py"
@@ -279,5 +283,9 @@ def test_no_orphans_when_the_parent_is_killed(command, code_release, deployment,
         timer.cancel()
         hosts = tools.hosts_of(server)
         assert hosts
+        if before is signal.SIGKILL:
+            parent.send_signal(signal.SIGSTOP)  # it must not help
+        for pid in (server, *hosts) if before is signal.SIGSTOP else (server,) if before else ():
+            os.kill(pid, before)
         parent.kill()
     tools.wait_until(lambda: not any(map(tools.alive, [server, *hosts])))

@@ -47,6 +47,7 @@ from shipworthy.runtimes.hosts import (
     PredictFailed,
     TookTooLong,
 )
+from shipworthy.runtimes.orphans import wake_when_orphaned
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -380,6 +381,7 @@ async def _at_end_of_stdin(stop: Callable[[], None]) -> None:
             stop()
 
     await asyncio.get_running_loop().connect_read_pipe(Watch, sys.stdin)
+    wake_when_orphaned()
 
 
 def run(options: ServeOptions) -> int:
