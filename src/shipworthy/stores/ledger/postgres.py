@@ -11,6 +11,7 @@ holds the table with the version, and a migration waits until it has that table 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -58,7 +59,7 @@ _REFUSED = {"22": "refuses a value", "23": "refuses this change"}
 _CURES = {
     "25006": "can't be written, its server is read-only; give the address of the primary server",
     "25P03": "gave up on a transaction that stood still; try again",
-    "28": "refuses this account; check the user, and the password in PGPASSFILE or PGPASSWORD",
+    "28": "refuses this account; check the user, and its password in PGPASSFILE or PGPASSWORD",
     "3D000": "does not exist; make the database with `createdb`, or give the URL of another one",
     "3F000": "has no schema to put tables into; make the first one of its search_path",
     "40": "was changed by another connection meanwhile; try again",
@@ -71,6 +72,14 @@ _CURES = {
     "57": "ended the connection; try again, and check that the server runs",
     "58": "can't be read or written by its server; check the server's disk and log",
     "XX": "is damaged; restore it from a backup",
+}
+# On connecting there are only words. In another language the general cure is given.
+_WORDS = {
+    r'role ".*" does not exist|password|pg_hba': "28",
+    r'database ".*" does not exist': "3D000",
+    r"permission denied": "42501",
+    r"too many": "53300",
+    r"starting up|shutting down|recovery": "57",
 }
 _LOST = "can't be reached; check that the server runs, the address, the user and the password"
 _OTHER = "does not answer; run `shipworthy doctor`"
@@ -240,8 +249,11 @@ def _translated(error: BaseException, name: str) -> ShipworthyError:
         return Conflict(
             f"the ledger {refused} ({_said(error)}); read what it holds now and try again"
         )
-    lost = code[:2] == "08" or (isinstance(error, psycopg.OperationalError) and not code)
-    state = _LOST if lost else _CURES.get(code) or _CURES.get(code[:2], _OTHER)
+    if isinstance(error, psycopg.OperationalError) and code[:2] in {"", "08"}:
+        said = [known for words, known in _WORDS.items() if re.search(words, str(error))]
+        state = _CURES[said[0]] if said else _LOST
+    else:
+        state = _CURES.get(code) or _CURES.get(code[:2], _OTHER)
     return LedgerUnavailable(f"the ledger {name} {state} ({_said(error)})")
 
 
