@@ -139,7 +139,11 @@ class LakeTable:
         if about is None:
             return []
         with self._explained():
-            found = self._delta.scan(["day"], _forgotten(tombstones, about)).read_all()
+            scanned = self._delta.scan(["day"], _forgotten(tombstones, about))
+            try:
+                found = scanned.read_all()
+            except Exception as error:  # arro3 has no narrower one
+                raise OSError(str(error)) from error
         return sorted(set(cast("Iterable[date]", found["day"].to_pylist())))
 
     def forget(self, tombstones: Sequence[Tombstone], day: date, now: float) -> None:

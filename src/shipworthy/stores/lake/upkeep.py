@@ -45,7 +45,8 @@ class Upkeep:
             self._due.clear()
             oldest = day_of(max(0.0, now - self._keep))
             dropped = [table.drop_before(oldest, now) for table in tables.values()]
-            return any(dropped)
+            if any(dropped):
+                return True
         if any(self._compact(table, now) for table in tables.values()):
             return True
         if self._swept <= now < self._swept + SWEEP_SECONDS:
