@@ -6,8 +6,7 @@ What is in one, and where it lies in the archive:
     ledger.db           every decision; SQLite, whatever the ledger is kept in
     secrets/            what signs inference ids and makes units' pseudonyms, and the admin key
     journals/           records that the keeper or the lake's writer may not have read
-    lake/               the files of each table's newest version, and its log
-    lake-writer.json    how far the lake's writer is
+    lake/               the files of each table's newest version, its log, and the writer's place
     blobs/              what releases pin
 
 Snapshots, replicas, locks and logs are made anew. Policies are in the ledger; the files that they
@@ -61,7 +60,7 @@ from shipworthy.settings import FILE, Project
 from shipworthy.stores.archive import Contents, Source, open_archive, write_archive
 from shipworthy.stores.files import locked, workspace
 from shipworthy.stores.lake.inventory import current_files
-from shipworthy.stores.ledger.copying import copy_ledger
+from shipworthy.stores.ledger import copy_ledger
 from shipworthy.stores.ledger.schema import REVISIONS
 
 Progressing = Callable[[int], AbstractContextManager[Progress]]
@@ -69,7 +68,7 @@ Progressing = Callable[[int], AbstractContextManager[Progress]]
 
 LEDGER = "ledger.db"
 JOURNALS, LAKE, SECRETS, BLOBS = "journals", "lake", "secrets", "blobs"
-WRITER = "lake-writer.json"
+WRITER = f"{LAKE}/writer.json"
 
 _ALWAYS = {FILE, LEDGER, f"{SECRETS}/signing", f"{SECRETS}/pseudonyms"}
 _DEPTHS = {JOURNALS: {1}, SECRETS: {1}, BLOBS: {3}, LAKE: range(2, 9)}

@@ -39,8 +39,7 @@ from shipworthy.settings import FILE, STATE, Project, Settings
 from shipworthy.stores.archive import Archive, open_archive
 from shipworthy.stores.blobs import LocalBlobs
 from shipworthy.stores.files import replace_file, workspace
-from shipworthy.stores.ledger import migrate, open_ledger
-from shipworthy.stores.ledger.copying import copy_ledger
+from shipworthy.stores.ledger import copy_ledger, migrate, open_ledger
 from shipworthy.stores.ledger.ledger import database_at
 from shipworthy.stores.ledger.schema import REVISIONS
 

@@ -124,7 +124,7 @@ def _add(tar: tarfile.TarFile, source: Source, progress: Progress) -> Pinned:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
         else:
-            tar.addfile(info, reader)
+            tar.addfile(info, _Whole(reader))
     return Pinned(info.size, reader.digest)
 
 
@@ -139,7 +139,7 @@ class _Reader:
 
     def __init__(self, handle: BinaryIO, path: Path, progress: Progress) -> None:
         self._handle = handle
-        self._path = path
+        self.path = path
         self._progress = progress
         self._digest = hashlib.sha256()
 
@@ -148,10 +148,24 @@ class _Reader:
         return f"sha256:{self._digest.hexdigest()}"
 
     def read(self, length: int = -1, /) -> bytes:
-        with _explained(f"{self._path} can't be read"):
+        with _explained(f"{self.path} can't be read"):
             content = self._handle.read(length)
         self._digest.update(content)
         self._progress(len(content))
+        return content
+
+
+class _Whole:
+    """A source that must not end early."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self._reader = reader
+
+    def read(self, length: int = -1, /) -> bytes:
+        content = self._reader.read(length)
+        if len(content) < length:
+            message = f"{self._reader.path} got shorter while it was read; try again"
+            raise Unavailable(message)
         return content
 
 
