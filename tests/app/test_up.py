@@ -168,6 +168,7 @@ def test_feedback_is_taken_for_ones_own_inferences_alone(shared: Town) -> None:
         (["try", "garbage.skops"], "garbage.skops", None),
         (["keys", "revoke", "nobody"], "no key nobody is in force", 2),
         (["keys", "create", "x", "--role", "king"], "no role 'king'", 2),
+        (["keys", "create", "x", "--expires", "0s"], "give a duration above 0", 2),
         (["rollout", "status", "unknown"], "no model unknown", 2),
         (["status", "unknown"], "no model unknown", 2),
         (["init"], "already", 2),

@@ -151,6 +151,7 @@ ENDPOINT = {"runtime": "endpoint", "urls": ["http://a"], "served_model": "m"}
         ({"artifacts": []}, "nothing to serve"),
         ({"serving": {"runtime": "process", "replicas": {"min": 2, "max": 1}}}, "below min"),
         ({"serving": ENDPOINT | {"urls": ["ftp://a"]}}, "http://"),
+        ({"serving": ENDPOINT | {"urls": ["http://me:secret@a/v1"]}}, "credential: env:NAME"),
         ({"serving": ENDPOINT | {"credential": "s3cret"}}, "never the secret"),
         ({"environment": {"python": "2.7"}}, "Python version"),
         ({"model": "Digits"}, "1 to 63"),

@@ -56,12 +56,21 @@ def create(
         holder,
         role=roles[role],
         models=tuple(model) if model else ("*",),
-        expires=session.clock() + read_duration(expires) if expires else None,
+        expires=session.clock() + _lifetime(expires) if expires is not None else None,
         kind="service" if service else "person",
         by=session.actor().id,
     )
     err.print(f"Key of {holder}; it is not shown again:", markup=False)
     out.print(text, markup=False)
+
+
+def _lifetime(text: str) -> float:
+    """Seconds that a key is to live; one that is dead when it is made is a mistake."""
+    seconds = read_duration(text)
+    if seconds <= 0:
+        message = f"--expires {text} makes a key that is dead already; give a duration above 0"
+        raise UsageError(message)
+    return seconds
 
 
 @keys.command("list")

@@ -188,9 +188,17 @@ class EndpointServing(Document):
     """A server elsewhere; `credential` refers to a secret (`env:NAME` or `file:PATH`)."""
 
     runtime: Literal["endpoint"]
-    urls: tuple[Annotated[str, matching(r"https?://\S+", "an http:// or https:// URL")], ...] = (
-        Field(min_length=1)
-    )
+    urls: tuple[
+        Annotated[
+            str,
+            matching(
+                r"https?://[^\s/?#@]+([/?#]\S*)?",
+                "an http:// or https:// URL without user:password@; name a secret by"
+                " 'credential: env:NAME'",
+            ),
+        ],
+        ...,
+    ] = Field(min_length=1)
     served_model: str
     credential: (
         Annotated[
