@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from shipworthy.app.lake_writing import read_condition
 from shipworthy.app.session import Session
 from shipworthy.cli.demo.models import MODEL, Trained
 from shipworthy.cli.demo.traffic import Tally
 from shipworthy.domain.lifecycle import Decision
 from shipworthy.domain.records import FeedbackRecord, InferenceRecord, Outcome, Record
 from shipworthy.domain.statistics.intervals import wilson_interval
-from shipworthy.stores.journal import JournalReader
+from shipworthy.errors import Unavailable
+from shipworthy.settings import Project
+from shipworthy.stores.lake.query import Lake
 
-_BATCH = 5_000
+_MOST_SECONDS_TO_LAKE = 60.0
+_INFERENCES = """
+SELECT id, epoch_us(time) / 1e6 AS at, plan, model, assigned, outcome, status, release, rollout,
+       serving_release, reason, epoch_us(sent) / 1e6 AS sent, response
+FROM inferences
+"""
+_LABELS = "SELECT inference, value FROM feedback WHERE kind = 'label' ORDER BY time"
+_LEFT_OUT = {"revision": 0, "key": "", "probability": 1.0}
 STATISTICAL = frozenset({"errors"})
 """The rules that roll back on statistical evidence."""
 MOST_SECONDS_TO_ROLLBACK = 1.0
@@ -46,7 +59,7 @@ class Exposure:
 
 @dataclass(frozen=True, slots=True)
 class Journalled:
-    """All that the journals say: answers by release, exposures by rollout, and label checks.
+    """All that the gateway recorded: answers by release, exposures by rollout, and label checks.
 
     `labelled` and `right` count answers by the release that gave them.
     """
@@ -57,18 +70,40 @@ class Journalled:
     right: Counter[str] = field(default_factory=Counter[str])
 
 
-def read_journals(folder: Path) -> Journalled:
-    """Read every record from the first on."""
-    return summarise(_records(folder))
+def read_records(project: Project, until: float) -> Journalled:
+    """Read every record from the first on, once all from before that Unix time are in the lake."""
+    deadline = time.monotonic() + _MOST_SECONDS_TO_LAKE
+    while (condition := read_condition(project)) is None or condition.complete < until:
+        if time.monotonic() > deadline:
+            why = condition.problem if condition else ""
+            message = (
+                f"the records are not in the lake after {_MOST_SECONDS_TO_LAKE:.0f} s"
+                f"{f' ({why})' if why else ''}; see 'shipworthy status'"
+            )
+            raise Unavailable(message)
+        time.sleep(0.1)
+    with closing(Lake(project.lake)) as lake:
+        return summarise(_records(lake))
 
 
-def _records(folder: Path) -> Iterator[Record]:
-    reader, cursors = JournalReader(folder), dict[str, int]()
-    while True:
-        records, cursors = reader.read(cursors, _BATCH)
-        if not records:
-            return
-        yield from records
+def _records(lake: Lake) -> Iterator[Record]:
+    with lake.run(_INFERENCES) as found:
+        for batch in found.batches:
+            for row in batch:
+                values = dict(zip(found.columns, row, strict=True))
+                yield msgspec.convert(values | _LEFT_OUT, InferenceRecord)
+    with lake.run(_LABELS) as found:
+        for batch in found.batches:
+            for inference, value in batch:
+                yield FeedbackRecord(
+                    id="",
+                    at=0.0,
+                    inference=inference,
+                    key="",
+                    kind="label",
+                    name="",
+                    value=json.loads(value),
+                )
 
 
 def summarise(records: Iterable[Record]) -> Journalled:

@@ -28,7 +28,7 @@ from shipworthy.cli.demo.commands import (
     write_secret,
 )
 from shipworthy.cli.demo.models import MODEL, Split, Trained
-from shipworthy.cli.demo.results import Figures, decisions_of, read_journals
+from shipworthy.cli.demo.results import Figures, decisions_of, read_records
 from shipworthy.cli.demo.screen import Screen
 from shipworthy.cli.demo.traffic import BUSY, CALM, QUIET, Traffic, encode_request
 from shipworthy.cli.output import out
@@ -175,7 +175,7 @@ class _Story:
         return Figures(
             trained=trained,
             tallies=self._traffic.tallies,
-            journalled=read_journals(self._session.project.journals),
+            journalled=read_records(self._session.project, until=time.time()),
             decisions=decisions_of(self._session),
             seconds=time.monotonic() - began,
         )
