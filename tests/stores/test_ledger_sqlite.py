@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
@@ -108,6 +110,23 @@ class TestOpening:
         with pytest.raises(LedgerUnavailable, match="of its own"):
             act(url)
         assert file_of(url).read_bytes() == content
+
+    def test_migrating_again_takes_no_log_from_those_who_read(self, ledger_url: str):
+        with open_ledger(ledger_url) as ledger:
+            with ledger.read() as tx:
+                assert tx.terms.current().number == 0
+            migrate(ledger_url)
+            # Another process comes and goes. Were our locks gone, it would take itself for the
+            # last one and delete the log, and what we read from then on would be garbage.
+            statement = "UPDATE keeper_term SET number = 7"
+            program = (
+                "import sqlite3, sys; connection = sqlite3.connect(sys.argv[1]);"
+                f" connection.execute('{statement}'); connection.commit(); connection.close()"
+            )
+            subprocess.run([sys.executable, "-c", program, file_of(ledger_url)], check=True)
+            assert file_of(f"{ledger_url}-wal").exists()
+            with ledger.read() as tx:
+                assert tx.terms.current().number == 7
 
 
 def fill(tx: SqlTransaction) -> None:

@@ -65,10 +65,16 @@ class SqliteDatabase:
             raise missing(self.name)
 
     def create(self) -> None:
-        """Make the file, for its owner alone."""
+        """Make the file, for its owner alone.
+
+        One that is there is not even opened: closing it again would drop the locks that SQLite
+        holds on it for this process, and others would delete the log that we are reading.
+        """
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600))
+            os.close(os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            return
         except OSError as error:
             raise LedgerUnavailable(
                 f"the ledger {self._file} can't be made ({error.strerror}); check the path and the"
