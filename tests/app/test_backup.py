@@ -14,7 +14,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,11 +41,11 @@ from shipworthy.stores.archive import MANIFEST, Contents, Pinned
 from shipworthy.stores.files import locked, replace_file, workspace
 from shipworthy.stores.journal import JournalWriter
 from shipworthy.stores.lake.tables import LakeTable
-from shipworthy.stores.ledger import copy_ledger, ledger, migrate
+from shipworthy.stores.ledger import SqlLedger, copy_ledger, ledger, migrate, open_ledger
 
 
 @contextmanager
-def silent(_: int) -> Iterator[Callable[[int], None]]:
+def silent(_: int) -> Generator[Callable[[int], None]]:
     yield lambda _: None
 
 
@@ -99,7 +99,7 @@ def in_lake(root: Path, table: str = "inferences") -> Counter[str]:
 
 
 @contextmanager
-def over_and_over(act: Callable[[], None]) -> Iterator[None]:
+def over_and_over(act: Callable[[], None]) -> Generator[None]:
     """Do something in a thread until the block ends; what goes wrong there fails the test."""
     stop = threading.Event()
 
@@ -137,7 +137,13 @@ class Machine:
         create_backup(self.session, self.root.parent / name, silent)
         return self.root.parent / name
 
+    def close(self) -> None:
+        """Leave no connection open; servers' are warned of."""
+        assert isinstance(self.session.ledger, SqlLedger)
+        self.session.ledger.close()
+
     def configure(self, text: str) -> None:
+        self.close()
         with (self.root / "shipworthy.yaml").open("a") as file:
             file.write(text)
         self.session = open_session(self.root)
@@ -502,8 +508,9 @@ def test_a_postgresql_ledger_moves_to_another_database_or_to_a_file(
     restore(file, new, ledger=empty)
     assert not list((new / ".shipworthy").glob("ledger*"))
     restore(file, tmp_path / "local", ledger="sqlite:///.shipworthy/ledger.db")
+    machine.close()
     for root in (new, tmp_path / "local"):
-        with open_session(root).ledger.read() as tx:
+        with open_ledger(load_project(root).ledger_url) as restored, restored.read() as tx:
             entries = list(tx.audit.entries())
         assert [entry.act for entry in entries[-2:]] == ["backup", "restore"]
 
@@ -676,7 +683,7 @@ class Client:
         said = {"inference": id, "kind": "rating", "name": "stars", "value": number % 6}
         rated = self._town.call("/v1/feedback", json.dumps(said).encode())
         if rated.status in {200, 202}:
-            self.feedback.append((time.time(), json.loads(rated.body)["id"]))
+            self.feedback.append((time.time(), json.loads(rated.body)["feedback"]))
 
 
 @pytest.mark.timeout(600)
