@@ -253,10 +253,20 @@ class World:
             assert self.writer.append(record)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the keeper's main tests over both databases."""
+    if "world" in metafunc.fixturenames and metafunc.definition.path.name == "test_keeper.py":
+        metafunc.parametrize("world", ["sqlite", "postgresql"], indirect=True)
+
+
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    url = f"sqlite:///{tmp_path / 'ledger.db'}"
-    migrate(url)
-    made = World(tmp_path, open_ledger(url))
-    yield made
-    made.writer.close()
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    if getattr(request, "param", "sqlite") == "sqlite":
+        url = f"sqlite:///{tmp_path / 'ledger.db'}"
+        migrate(url)
+    else:
+        url = request.getfixturevalue("databases").make(migrated=True)
+    with open_ledger(url) as ledger:
+        made = World(tmp_path, ledger)
+        yield made
+        made.writer.close()

@@ -187,6 +187,18 @@ class TestReleases:
             assert tx.stages.history("digits", Stage.STAGING) == []
 
 
+class TestOrder:
+    def test_models_are_in_the_same_order_on_any_database(self, ledger: Ledger):
+        models = ["a-b", "a1", "aa", "ab", "a-c"]  # a language's order overlooks the hyphens
+        with ledger.write() as tx:
+            for model in models:
+                tx.releases.add(release(1, "a", model))
+            tx.releases.add(release(2, "b", "aa"))
+            assert tx.stages.models() == sorted(models)
+            listed = [(each.model, each.version) for each in tx.releases.list()]
+            assert listed == sorted(listed, key=lambda pair: (pair[0], -pair[1]))
+
+
 class TestPolicies:
     def test_the_highest_revision_is_in_force(self, ledger: Ledger):
         def policy(revision: int, letter: str) -> StoredPolicy:

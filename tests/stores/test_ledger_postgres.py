@@ -59,15 +59,21 @@ class TestSchema:
         schema.metadata.create_all(engine)
         engine.dispose()
         queries = (
-            "SELECT conrelid::regclass::text, conname, condeferrable, condeferred,"
-            " pg_get_constraintdef(oid) FROM pg_constraint"
-            " WHERE connamespace = 'public'::regnamespace AND conname NOT LIKE 'alembic%'"
-            " ORDER BY 1, 2",
-            "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'"
-            " AND tablename <> 'alembic_version' ORDER BY 1",
-            "SELECT table_name, column_name, column_default, is_nullable, data_type,"
-            " character_maximum_length FROM information_schema.columns WHERE table_schema ="
-            " 'public' AND table_name <> 'alembic_version' ORDER BY 1, 2",
+            (
+                "SELECT conrelid::regclass::text, conname, condeferrable, condeferred,"
+                " pg_get_constraintdef(oid) FROM pg_constraint"
+                " WHERE connamespace = 'public'::regnamespace AND conname NOT LIKE 'alembic%'"
+                " ORDER BY 1, 2"
+            ),
+            (
+                "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'"
+                " AND tablename <> 'alembic_version' ORDER BY 1"
+            ),
+            (
+                "SELECT table_name, column_name, column_default, is_nullable, data_type,"
+                " character_maximum_length FROM information_schema.columns WHERE table_schema ="
+                " 'public' AND table_name <> 'alembic_version' ORDER BY 1, 2"
+            ),
         )
         for query in queries:
             found = [

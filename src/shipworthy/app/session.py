@@ -19,7 +19,7 @@ from shipworthy.ports import Blobs, Clock, Ledger
 from shipworthy.settings import Project, find_project
 from shipworthy.stores.blobs import LocalBlobs
 from shipworthy.stores.files import replace_file
-from shipworthy.stores.ledger import migrate, open_ledger
+from shipworthy.stores.ledger import database_at, is_ledger, migrate, open_ledger
 from shipworthy.stores.snapshots import newest_fence
 
 KEY_VARIABLE = "SHIPWORTHY_KEY"
@@ -115,13 +115,12 @@ def prepare_state(project: Project) -> None:
 
 def _check_not_lost(project: Project) -> None:
     """Refuse to begin anew beside a gateway that still obeys the past."""
-    file = project.state / "ledger.db"
-    if project.settings.ledger is not None or file.exists():
+    if not newest_fence(project.snapshots) and not _old_snapshot(project).exists():
         return
-    if newest_fence(project.snapshots) or _old_snapshot(project).exists():
+    if not is_ledger(project.ledger_url):
         message = (
-            f"the ledger {file} is gone, and with it every decision; put it back, or remove"
-            f" {project.state} to begin anew"
+            f"the ledger {database_at(project.ledger_url).name} is gone, and with it every"
+            f" decision; put it back, or remove {project.state} to begin anew"
         )
         raise LedgerUnavailable(message)
 

@@ -7,6 +7,21 @@
 from __future__ import annotations
 
 from shipworthy.stores.ledger.copying import copy_ledger
-from shipworthy.stores.ledger.ledger import SqlLedger, SqlTransaction, migrate, open_ledger
+from shipworthy.stores.ledger.ledger import (
+    SqlLedger,
+    SqlTransaction,
+    database_at,
+    is_ledger,
+    migrate,
+    open_ledger,
+)
 
-__all__ = ["SqlLedger", "SqlTransaction", "copy_ledger", "migrate", "open_ledger"]
+__all__ = [
+    "SqlLedger",
+    "SqlTransaction",
+    "copy_ledger",
+    "database_at",
+    "is_ledger",
+    "migrate",
+    "open_ledger",
+]

@@ -18,8 +18,8 @@ class Database(Protocol):
         """How messages call it; never with a password."""
         ...
 
-    def require(self) -> None:
-        """LedgerUnavailable when it can be seen from outside that there is none."""
+    def may_exist(self) -> bool:
+        """Whether it is worth while to connect, which may make a file."""
         ...
 
     def create(self) -> None:

@@ -141,7 +141,8 @@ def open_ledger(url: str, *, timeout: float = TIMEOUT) -> SqlLedger:
 
     """
     database = database_at(url)
-    database.require()
+    if not database.may_exist():
+        raise missing(database.name)
     ledger = SqlLedger(database, timeout)
     try:
         ledger.check()
@@ -174,6 +175,19 @@ def migrate(url: str, *, timeout: float = TIMEOUT) -> None:
                 _upgrade(connection, REVISIONS[-1])
     finally:
         migrator.dispose()
+
+
+def is_ledger(url: str, *, timeout: float = TIMEOUT) -> bool:
+    """Whether there is one, of whatever version; LedgerUnavailable when nobody can tell."""
+    database = database_at(url)
+    if not database.may_exist():
+        return False
+    reader = database.open_reader(timeout)
+    try:
+        with _transaction(reader) as connection:
+            return schema_version(connection, database.name) is not None
+    finally:
+        reader.dispose()
 
 
 def database_at(url: str) -> Database:

@@ -98,8 +98,9 @@ class PostgresDatabase:
         self.name = _name(url)
         _check(self._url, self.name)
 
-    def require(self) -> None:
-        """Nothing to do: there is nothing to see from outside."""
+    def may_exist(self) -> bool:
+        """Always: only the server knows."""
+        return True
 
     def create(self) -> None:
         """Nothing to do: who runs the server makes the database."""

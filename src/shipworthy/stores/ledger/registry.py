@@ -71,7 +71,8 @@ class SqlReleases:
 
     def list(self, model: str | None = None) -> builtins.list[Release]:
         """Newest version first; without a model, by model."""
-        return self._where() if model is None else self._where(_releases.model == model)
+        found = self._where() if model is None else self._where(_releases.model == model)
+        return sorted(found, key=lambda release: release.model)  # as we order, not the database
 
     def next_version(self, model: str) -> int:
         """One more than the highest so far."""
@@ -80,9 +81,7 @@ class SqlReleases:
 
     def _where(self, *conditions: ColumnElement[bool]) -> builtins.list[Release]:
         query = select(schema.releases).where(*conditions)
-        return all_of(
-            self._connection, query.order_by(_releases.model, _releases.version.desc()), Release
-        )
+        return all_of(self._connection, query.order_by(_releases.version.desc()), Release)
 
 
 class SqlStages:
@@ -106,8 +105,8 @@ class SqlStages:
 
     def models(self) -> list[str]:
         """Every model with a registered release, by name."""
-        query = select(_releases.model).distinct().order_by(_releases.model)
-        return list(self._connection.execute(query).scalars())
+        query = select(_releases.model).distinct()
+        return sorted(self._connection.execute(query).scalars())
 
 
 class SqlPolicies:

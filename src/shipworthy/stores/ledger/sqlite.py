@@ -22,7 +22,6 @@ from sqlalchemy import URL, Connection, Engine, ExceptionContext, Table, create_
 from sqlalchemy.pool import QueuePool
 
 from shipworthy.errors import Conflict, LedgerUnavailable, ShipworthyError, UsageError
-from shipworthy.stores.ledger.database import missing
 
 _READERS = 5
 _WAL_LIMIT = 64 * 1024 * 1024
@@ -59,10 +58,9 @@ class SqliteDatabase:
         """The file."""
         return str(self._file)
 
-    def require(self) -> None:
-        """LedgerUnavailable when the file is missing."""
-        if not self._file.is_file():
-            raise missing(self.name)
+    def may_exist(self) -> bool:
+        """Whether there is a file."""
+        return self._file.is_file()
 
     def create(self) -> None:
         """Make the file, for its owner alone.

@@ -1,0 +1,65 @@
+"""A project whose ledger is anywhere: it is made, found again, and missed when it is gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from postgres import Databases
+
+from shipworthy.app.session import open_session, prepare_state
+from shipworthy.errors import LedgerUnavailable
+from shipworthy.settings import load_project
+from shipworthy.stores.ledger import SqlLedger
+
+
+@pytest.fixture(params=["default", "file", "postgresql"])
+def project(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    line = "{}"
+    if request.param == "file":
+        line = "ledger: sqlite:///elsewhere/decisions.db"
+    elif request.param == "postgresql":
+        databases: Databases = request.getfixturevalue("databases")
+        line = f"ledger: {databases.make()}"
+    (tmp_path / "shipworthy.yaml").write_text(line + "\n")
+    return tmp_path
+
+
+def test_what_is_written_is_found_again(project: Path):
+    actors = []
+    for _ in range(2):
+        session = open_session(project, prepare=True)
+        assert isinstance(session.ledger, SqlLedger)
+        with session.ledger:
+            actors.append(session.actor())
+    assert actors[0] == actors[1]
+
+
+def test_a_ledger_that_is_gone_is_not_replaced_by_an_empty_one(
+    project: Path, request: pytest.FixtureRequest
+):
+    opened = load_project(project)
+    prepare_state(opened)
+    (opened.state / "snapshot").write_bytes(b"what the gateway obeys")
+    prepare_state(opened)
+    (opened.state / "snapshot").write_bytes(b"what the gateway obeys")
+    if opened.ledger_url.startswith("sqlite"):
+        Path(opened.ledger_url.removeprefix("sqlite:///")).unlink()
+    else:
+        databases: Databases = request.getfixturevalue("databases")
+        name = opened.ledger_url.rpartition("/")[2]
+        databases.server.drop(name)
+        with pytest.raises(LedgerUnavailable, match="createdb"):
+            prepare_state(opened)
+        databases.server.create(name)
+    with pytest.raises(LedgerUnavailable, match="is gone"):
+        prepare_state(opened)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql:///ledger", "postgresql:///ledger?host=/run/postgresql", "postgresql://a@b/c"],
+)
+def test_a_url_of_a_server_is_left_as_it_is(tmp_path: Path, url: str):
+    (tmp_path / "shipworthy.yaml").write_text(f"ledger: {url}\n")
+    assert load_project(tmp_path).ledger_url == url
