@@ -184,7 +184,9 @@ class Child:
             stderr=asyncio.subprocess.STDOUT,
             pass_fds=(told,),
             env=os.environ | {HEARTBEAT_VARIABLE: str(told)},
-            start_new_session=True,  # a Ctrl-C in the terminal is for the parent to pass on
+            # A Ctrl-C in the terminal is for us to pass on. Not a session of its own: in ours, the
+            # system ends a stopped child when we die, also one that is still being started.
+            process_group=0,
         )
 
     async def _keep_output(self, process: asyncio.subprocess.Process) -> str:

@@ -45,7 +45,7 @@ def main(command: Sequence[str]) -> int:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT):  # the group has them too: only wait
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the group has them too
         signal.signal(number, signal.SIG_IGN)
     code = server.wait()
     return 128 - code if code < 0 else code

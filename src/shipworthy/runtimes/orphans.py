@@ -15,6 +15,9 @@ def wake_when_orphaned() -> None:
 
     It is for those that hold a pipe from their parent and end in order when that closes: a stopped
     process can't see it close. One that had gone before this was called has closed it already.
+
+    POSIX ends a stopped process group (by SIGHUP and SIGCONT) when its parent in the same session
+    dies, but not where whoever inherits it is of that session too, as the init of a container.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):

@@ -266,7 +266,7 @@ class ProcessReplica:
             stderr=asyncio.subprocess.STDOUT,
             cwd=self._deployed.artifacts,
             env=_environment(os.environ, self._serving.resources),
-            start_new_session=True,
+            process_group=0,  # in our session, which ends it when it is stopped and we die
         )
         self._process = process
         self._keeping = asyncio.create_task(self._keep_output(process))
