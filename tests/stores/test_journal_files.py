@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from postgres import wait_for
 
 from shipworthy.domain.records import FeedbackRecord, InferenceRecord, Outcome, Record
 from shipworthy.stores import journal
@@ -169,6 +171,27 @@ class TestWriter:
         assert writer.append(record(3))
         assert writer.dropped == {"disk": 2}
         assert read_all(JournalReader(journal_folder)) == [record(0), record(3)]
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small disk")
+    def test_the_last_of_a_disk_is_left_to_those_who_make_room(self, tmp_path: Path, record: Make):
+        command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(tmp_path)]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("no disk can be mounted here")
+        writer = JournalWriter(tmp_path / "journals", "w0", 10**9)
+        try:
+            kept = 0
+            while writer.append(record(request=bytes(50_000))):
+                kept += 1
+            assert kept > 200
+            assert writer.dropped == {"disk": 1}
+            assert shutil.disk_usage(tmp_path).free > (2 << 20) - 100_000
+            # A segment fits into what is left, so it can be copied before it is deleted.
+            assert max(path.stat().st_size for path in segments(tmp_path / "journals")) <= 1 << 20
+            segments(tmp_path / "journals")[0].unlink()
+            wait_for(lambda: writer.append(record(1)))
+        finally:
+            writer.close()
+            subprocess.run(["umount", str(tmp_path)], check=True)
 
     def test_nothing_follows_a_torn_frame(
         self, open_writer: Open, journal_folder: Path, record: Make, monkeypatch: pytest.MonkeyPatch

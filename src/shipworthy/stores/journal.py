@@ -52,6 +52,8 @@ _WINDOW = 1024 * 1024
 _RESCAN = 0.25  # seconds between looks for space when the journals are full
 _SCANS = 16  # looks for space while a segment fills
 _LEAST_SEGMENTS = 8  # that the journals may take together
+_RESERVE = 64 * 1024 * 1024  # bytes of the disk that are left to ledger, snapshot and lake,
+_RESERVE_SHARE = 8  # or this part of a small disk: with none at all nothing could ever be deleted
 _STILLBORN = 60.0  # seconds after which a segment without a header never gets one
 
 _MAGIC = b"SWJOURNL"
@@ -69,8 +71,9 @@ class JournalWriter:
     """One worker's journal. Not for several threads at once.
 
     Nothing here raises while serving: what can't be written is dropped and counted in `dropped`, by
-    reason: `full` (all journals of the folder exceed `max_bytes`), `disk` (it refused), `too large`
-    and `invalid` (the record can't be encoded). The folder and segments are made when first needed.
+    reason: `full` (all journals of the folder exceed `max_bytes`), `disk` (it refused, or has only
+    left what others need to make room again), `too large` and `invalid` (the record can't be
+    encoded). The folder and segments are made when first needed.
 
     Args:
         folder: Where all workers of this host write.
@@ -102,7 +105,7 @@ class JournalWriter:
         self._size = 0
         self._begun = 0.0
         self._room = 0  # bytes that may still be written before space is looked at again
-        self._full = False
+        self._full = ""  # the reason, while there is no room
         self._looked = 0.0
 
     def append(self, record: Record) -> bool:
@@ -116,8 +119,8 @@ class JournalWriter:
         if total > MAX_RECORD + _FRAME.size:
             self._buffer = bytearray()
             return self._drop("too large")
-        if total > self._room and not self._look_for_room(total):
-            return self._drop("full")
+        if total > self._room and (reason := self._look_for_room(total)):
+            return self._drop(reason)
         if self._descriptor < 0 or self._size + total > self._segment_bytes or self._is_old():
             self._begin()
             if self._descriptor < 0:
@@ -163,23 +166,38 @@ class JournalWriter:
         self.dropped[reason] += 1
         return False
 
-    def _look_for_room(self, needed: int) -> bool:
-        """Count what all journals take now; at most a few times a second while they are full."""
+    def _look_for_room(self, needed: int) -> str:
+        """Why there is none, or nothing; looks at most a few times a second while it is so."""
         now = time.monotonic()
         if self._full and now - self._looked < _RESCAN:
-            return False
+            return self._full
         self._looked = now
         try:
             free = self._max_bytes - sum(size for _, size in _segments(self._folder))
         except OSError:
             free = self._segment_bytes  # beginning a segment will tell what is wrong
-        self._full = free < needed
-        if self._full:
-            self._room = 0
-            return False
+        self._full = "full" if free < needed else ""
+        left = self._left_on_disk()
+        if not self._full and left < needed:
+            self._full = "disk"
         # Other workers write too, so look again soon.
-        self._room = min(free, max(needed, self._segment_bytes // _SCANS))
-        return True
+        soon = max(needed, self._segment_bytes // _SCANS)
+        self._room = 0 if self._full else min(free, left, soon)
+        return self._full
+
+    def _left_on_disk(self) -> int:
+        """Bytes that may be written without taking what others need to make room again."""
+        try:
+            disk = os.statvfs(self._folder)
+        except OSError:
+            return self._segment_bytes  # as above
+        if not disk.f_blocks:
+            return self._segment_bytes  # some kinds of file systems don't tell
+        size, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+        reserve = min(_RESERVE, size // _RESERVE_SHARE)
+        # What a whole segment says must fit into the lake before the segment can be deleted.
+        self._segment_bytes = min(self._segment_bytes, reserve // 2)
+        return free - reserve
 
     def _begin(self) -> None:
         """Begin a segment; the one before stays in use, and may grow, when that fails."""

@@ -341,18 +341,35 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_waited_for(
-    lake: Lake, inference: Inference, feedback: Feedback, small_disk: Path
-):
-    lake.folder = small_disk / "lake"
+def settle_on(disk: Path, lake: Lake) -> None:
+    """Begin the lake on that disk."""
+    lake.folder = disk / "lake"
     lake.files = module.Files(
         lake=lake.folder,
         place=lake.folder / "writer.json",
-        condition=small_disk / "condition.json",
+        condition=disk / "condition.json",
         lock=lake.files.lock,
     )
     lake.restart()
     lake.drain()
+
+
+def test_a_backlog_beyond_the_disk_is_moved_as_far_as_there_is_room(
+    lake: Lake, inference: Inference, small_disk: Path
+):
+    settle_on(small_disk, lake)
+    draw = random.Random(1)
+    lake.append(*(inference(n, request=draw.randbytes(800)) for n in range(4_000)))
+    with pytest.raises(Unavailable, match="make room"):
+        lake.drain()
+    # In one batch with the rest they would never get in, and no journal could be deleted.
+    assert 1_000 < len(lake.ids("inferences")) < 4_000
+
+
+def test_a_full_disk_is_waited_for(
+    lake: Lake, inference: Inference, feedback: Feedback, small_disk: Path
+):
+    settle_on(small_disk, lake)
     draw = random.Random(1)
     ballast = small_disk / "ballast"
     for number, left in enumerate([0, 4_000, 8_000, 20_000, 60_000, 100_000]):

@@ -9,6 +9,7 @@ same records are read again, and only tables that lack the number are written.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 BATCH_RECORDS = 50_000
 BATCH_BYTES = 64 * 1024 * 1024
+_LEAST_BATCH_BYTES = 1024 * 1024
 READERS_SECONDS = 300.0
 """How long whoever reads a table may need the files that it began with, at most."""
 _DECISIONS, _UNITS = 1_000, 100  # at a time
@@ -202,8 +204,9 @@ class LakeWriter:
     def _move(self, opened: _Opened, now: float) -> bool:
         """Move the next batch; whether there may be another one."""
         start = opened.place.end
-        records, end = self.journal.read(start, self.batch_records, BATCH_BYTES)
-        full = len(records) >= self.batch_records or _bytes_between(start, end) >= BATCH_BYTES
+        room = self._room()
+        records, end = self.journal.read(start, self.batch_records, room)
+        full = len(records) >= self.batch_records or _bytes_between(start, end) >= room
         if any(behind != start.get(name) for name, behind in end.items()):
             self._save(opened, batch=opened.place.batch + 1, start=start, end=end)
             self._write(opened, records)
@@ -212,6 +215,18 @@ class LakeWriter:
         elif records:
             self._complete = max(self._complete, min(record.at for record in records))
         return full
+
+    def _room(self) -> int:
+        """Bytes that a batch may have: half of what is free on a disk that is nearly full.
+
+        One that does not fit would have to be tried again and again, and no journal be deleted.
+        """
+        try:
+            disk = os.statvfs(self.files.lake)
+        except OSError:
+            return BATCH_BYTES  # writing will tell what is wrong
+        free = disk.f_bavail * disk.f_frsize
+        return min(BATCH_BYTES, max(_LEAST_BATCH_BYTES, free // 2))
 
     def _write(self, opened: _Opened, records: list[Record]) -> None:
         """Write the rows of the batch to the tables that lack it."""
