@@ -24,6 +24,7 @@ from typing import IO, Any, Literal
 import msgspec
 
 from shipworthy.errors import Conflict, NotAllowed, ShipworthyError, Unavailable, UsageError
+from shipworthy.stores.lake.formats import Result, cells_of, csv_of, json_of
 
 Format = Literal["cells", "json", "csv", "parquet"]
 
@@ -223,8 +224,7 @@ def _answer(question: Question, out: IO[bytes]) -> Ending:
 
 
 def _answer_once(question: Question, out: _Written) -> Ending:
-    from shipworthy.stores.lake.formats import cells_of, csv_of, json_of
-    from shipworthy.stores.lake.query import Lake, Limits, Result
+    from shipworthy.stores.lake.query import Lake, Limits
 
     limits = Limits(question.memory, question.seconds, _THREADS)
     output = Path(question.output) if question.output else None

@@ -24,7 +24,7 @@ from shipworthy.app.status import is_running
 from shipworthy.cli.output import err, say, say_table, waiting
 from shipworthy.domain.policy import read_duration
 from shipworthy.errors import UsageError
-from shipworthy.stores.lake.query import PLAN_COLUMNS
+from shipworthy.stores.lake.formats import PLAN_COLUMNS
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[KMGT]i?)B?", re.IGNORECASE)
 _SHOWN_ROWS = 1000

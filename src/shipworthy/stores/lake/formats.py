@@ -1,4 +1,4 @@
-"""How an answer of the lake is written down: JSON, CSV, or short texts for a table.
+"""An answer of the lake, and how it is written down: JSON, CSV, or short texts for a table.
 
 Times are ISO 8601 in UTC. JSON has no word for NaN and the infinities, so they are strings there;
 bytes are base64. What holds other values is JSON in CSV and in tables too.
@@ -10,16 +10,26 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any
 
 import msgspec
 
-from shipworthy.stores.lake.query import PLAN_COLUMNS, Result
-
+PLAN_COLUMNS = ["step", "plan"]
+"""What EXPLAIN gives."""
 _LARGEST = 2**63
 _LONGEST_CELL = 200
 _encoder = msgspec.json.Encoder(decimal_format="number", enc_hook=str)
+
+
+@dataclass(slots=True)
+class Result:
+    """A query's answer; its rows come as they are computed, times without a zone being UTC."""
+
+    columns: list[str]
+    types: list[str]
+    batches: Iterator[list[tuple[Any, ...]]]
 
 
 def json_of(result: Result) -> Iterator[bytes]:

@@ -21,6 +21,7 @@ from urllib.parse import unquote
 import duckdb
 
 from shipworthy.errors import NotAllowed, Unavailable, UsageError
+from shipworthy.stores.lake.formats import PLAN_COLUMNS, Result
 from shipworthy.stores.lake.schema import (
     BUCKETS_PER_E,
     FEEDBACK,
@@ -53,8 +54,6 @@ DERIVED = {
 """Columns that the views have beyond the tables', by table."""
 KINDS = ("rating", "reward", "label", "correction", "preference", "outcome")
 NUMERIC_KINDS = ("rating", "reward")
-PLAN_COLUMNS = ["step", "plan"]
-"""What EXPLAIN gives."""
 JOINED = "inferences_with_feedback"
 
 # What may stand in FROM beside names. `query`, which runs any text, must not, nor what reads files.
@@ -81,15 +80,6 @@ class Limits:
     memory: int = 1024 * MEBIBYTE
     seconds: float = 30.0
     threads: int = 2
-
-
-@dataclass(slots=True)
-class Result:
-    """A query's answer; its rows come as they are computed, times without a zone being UTC."""
-
-    columns: list[str]
-    types: list[str]
-    batches: Iterator[list[tuple[Any, ...]]]
 
 
 class Lake:
@@ -203,9 +193,12 @@ def checked(cursor: duckdb.DuckDBPyConnection, sql: str) -> str:
             raise UsageError(message)
         prefix, text = f"{' '.join(found[1].split())} ", found[2]
     _check_tree(_tree(cursor, text))
-    text = _END.sub("", text)
     # And in parentheses, as it will be wrapped: nothing in it may reach out of them.
-    _check_tree(_tree(cursor, f"FROM (\n{text}\n)"))
+    try:
+        _check_tree(_tree(cursor, f"FROM (\n{text}\n)"))
+    except duckdb.ParserException:
+        text = _END.sub("", text)
+        _check_tree(_tree(cursor, f"FROM (\n{text}\n)"))
     return prefix + text
 
 
@@ -382,14 +375,15 @@ def _explained(limits: Limits) -> Generator[None]:
         raise too_slow(limits.seconds) from error
     except (duckdb.OutOfMemoryException, MemoryError) as error:
         raise too_large(limits.memory) from error
-    except duckdb.PermissionException as error:
-        message = f"a query reads the lake's tables and no files ({_sentence(error)})"
-        raise NotAllowed(message) from error
-    except duckdb.IOException as error:
+    except (duckdb.PermissionException, duckdb.IOException) as error:
         text = _sentence(error)
-        if "No such file" in text or "No files found" in text:
+        # A file that is gone is looked for as a folder, which isn't allowed.
+        if any(sign in text for sign in ("No such file", "No files found", ".parquet/**")):
             message = f"the lake changed under the query; ask it again ({text})"
             raise LakeChanged(message) from error
+        if isinstance(error, duckdb.PermissionException):
+            message = f"a query reads the lake's tables and no files ({text})"
+            raise NotAllowed(message) from error
         message = f"the lake's files can't be read ({text}); see 'shipworthy doctor'"
         raise Unavailable(message) from error
     except duckdb.Error as error:
