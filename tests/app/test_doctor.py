@@ -31,6 +31,7 @@ from shipworthy.app.supervisor import only_one
 from shipworthy.domain.plan import Snapshot, encode_snapshot
 from shipworthy.domain.records import FeedbackRecord
 from shipworthy.settings import load_project
+from shipworthy.stores.files import workspace
 from shipworthy.stores.journal import JournalWriter
 from shipworthy.stores.lake.state import Condition
 
@@ -308,6 +309,14 @@ def test_what_killed_processes_left_is_told(root: Path) -> None:
     wrong = the_problem(look(root, "leftovers"))
     subprocess.run(wrong.cure, shell=True, check=True)
     assert problems(look(root, "leftovers")) == []
+
+
+def test_what_a_killed_backup_left_is_told_and_one_under_way_is_not(root: Path) -> None:
+    folder = root / ".shipworthy" / "backup"
+    with workspace(folder):
+        assert problems(look(root, "leftovers")) == []
+    folder.mkdir()
+    assert str(folder) in the_problem(look(root, "leftovers")).cure
 
 
 # --- ledger ---------------------------------------------------------------------------------------

@@ -216,6 +216,9 @@ def leftovers(case: Case) -> Iterator[Result]:
     old = [path for path in found if now - _stat(path, "st_mtime", now) > _ABANDONED]
     blobs = _entries(project.blobs / "tmp")
     old += [path for path in blobs if now - _stat(path, "st_mtime", now) > _BLOB_ABANDONED]
+    backup = project.state / "backup"
+    if backup.is_dir() and _is_free(backup):
+        old.append(backup)  # it keeps links to files that are deleted elsewhere
     if old:
         size = sum(_stat(path, "st_size", 0) for path in old)
         names = " ".join(str(path) for path in old[:5])
@@ -224,6 +227,18 @@ def leftovers(case: Case) -> Iterator[Result]:
         yield warn("leftovers", seen, f"rm -r {names}{more}")
     else:
         yield good("leftovers", "nothing is left half-written")
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nobody holds the lock of a folder that is worked in."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _known(project: Project) -> Iterator[Path]:
