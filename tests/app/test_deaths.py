@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from tests.app.conftest import Town, wait_for
 
-from shipworthy.app.children import ChildState, read_processes
+from shipworthy.app.children import Child, ChildState, read_processes
 from shipworthy.app.session import open_session
 from shipworthy.domain.audit import verify
 from shipworthy.domain.terms import Term
@@ -185,6 +186,50 @@ def test_a_keeper_stopped_between_commit_and_publication_can_undo_nothing(town: 
             with suppress(ProcessLookupError):
                 keeper.kill()
             keeper.communicate()
+
+
+STOPS_AMID_A_TRANSACTION = """
+    import os, signal, sys
+    from pathlib import Path
+    from shipworthy.app import keeping
+    from shipworthy.rollout import keeper
+
+    handle = keeper.handle_intents
+    armed = Path(sys.argv[2])
+
+    def handle_late(turn):
+        if armed.exists():
+            armed.unlink()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        handle(turn)
+
+    keeper.handle_intents = handle_late
+    sys.exit(keeping.main(Path(sys.argv[1])))
+"""
+
+
+async def test_a_keeper_stopped_while_nobody_can_write_is_ended_and_followed(town: Town) -> None:
+    armed = town.root / "armed"
+    program = textwrap.dedent(STOPS_AMID_A_TRANSACTION)
+    command = (sys.executable, "-c", program, str(town.root), str(armed))
+    pair = [
+        Child(name, command, town.root / f"{name}.log", 5.0, time.time)
+        for name in ("keeper", "standby")
+    ]
+    running = [asyncio.create_task(child.run()) for child in pair]
+    try:
+        await asyncio.to_thread(wait_for, lambda: fence(town))
+        before = fence(town)
+        armed.touch()
+        await asyncio.to_thread(wait_for, lambda: not armed.exists())
+        await asyncio.to_thread(wait_for, lambda: fence(town) > before)
+        assert [child.restarts for child in pair].count(1) == 1
+        town.sw("keys", "create", "somebody")  # who writes too
+    finally:
+        for child in pair:
+            await child.stop(30.0)
+        await asyncio.gather(*running)
+    assert term(town).until == 0.0
 
 
 def stopped(pid: int) -> bool:
