@@ -178,6 +178,9 @@ def report_on(outcome: Outcome, report: Report) -> None:
     for name, value in figures.items():
         report.figure(name, value)
         report.row(name.replace("_", " "), "", f"{report.figures[name]:,}" if value else f"{value}")
+    by_status = [f"{count} × {kind}" for kind, count in sorted(seen.items()) if "status" in kind]
+    if by_status:
+        report.note(f"answers other than 200, 202 and 400: {', '.join(by_status)}")
     for problem in outcome.problems:
         report.note(f"{problem.kind}: {problem.text}")
     if not outcome.problems:

@@ -456,6 +456,7 @@ class Tormentor:
     blows: list[Blow] = field(default_factory=list[Blow])
     takeovers: list[float] = field(default_factory=list[float])
     _began: float = 0.0
+    _upset: bool = False
     _behind: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
     _stopped: set[int] = field(default_factory=set[int])
 
@@ -508,9 +509,11 @@ class Tormentor:
         pause = self.rng.uniform(0.0, 1.0)
         pid = self.town.up.pid if self.town.up else None
         blow = self._blow("up", number.name, pid)
+        self._upset = True
         await self.town.end(number)
         await asyncio.sleep(pause)
         await self.town.start()
+        self._upset = False
         return blow
 
     async def _strike_database(self) -> Blow:
@@ -550,8 +553,9 @@ class Tormentor:
             os.kill(pid, signal.SIGCONT)
 
     async def _watch_takeover(self, term: int) -> None:
-        began = time.monotonic()
-        while time.monotonic() < began + 30.0:
+        """Time how long nobody decides, unless `up` and so the standby is struck meanwhile."""
+        began, up = time.monotonic(), self.town.up
+        while time.monotonic() < began + 30.0 and self.town.up is up and not self._upset:
             now = await asyncio.to_thread(self.town.term)
             if now is not None and now.number > term:
                 self.takeovers.append(time.monotonic() - began)
