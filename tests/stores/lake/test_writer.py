@@ -359,6 +359,7 @@ def test_a_backlog_beyond_the_disk_is_moved_as_far_as_there_is_room(
 ):
     settle_on(small_disk, lake)
     draw = random.Random(1)
+    lake.worker = JournalWriter(lake.journals, "w1", 10**9)
     lake.append(*(inference(n, request=draw.randbytes(800)) for n in range(4_000)))
     with pytest.raises(Unavailable, match="make room"):
         lake.drain()
@@ -446,6 +447,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.timeout(400)
 def test_a_death_at_any_step_neither_loses_nor_doubles(
     lake: Lake, inference: Inference, feedback: Feedback
 ):
