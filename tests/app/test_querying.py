@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -124,6 +125,12 @@ def test_a_file_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
     with pytest.raises(Conflict), new_file(tmp_path / "a"):
         (tmp_path / "a").write_text("theirs")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_a_full_disk_is_told_and_nothing_left(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match=r"No space left.*make room"), new_file(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_left_of_a_file_that_failed(here: Town) -> None:

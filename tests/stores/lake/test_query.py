@@ -258,6 +258,14 @@ def test_a_damaged_table_is_told(filled: Path) -> None:
         Lake(filled)
 
 
+def test_a_full_disk_is_told(filled: Path) -> None:
+    full = Path("/dev/full")
+    lake = Lake(filled, output=full)
+    with pytest.raises(Unavailable, match="make room on its disk"):
+        lake.write_parquet("FROM inferences", full)
+    lake.close()
+
+
 # --- formats ------------------------------------------------------------------------------------
 
 VALUES = """

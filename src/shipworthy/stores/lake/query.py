@@ -165,7 +165,13 @@ class Lake:
             options = "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false"
             most = "" if limit is None else f" LIMIT {limit:d}"
             copy = f"COPY (FROM (\n{text}\n){most}) TO {_quoted(str(path))} ({options})"
-            written = cursor.execute(copy).fetchone()
+            try:
+                written = cursor.execute(copy).fetchone()
+            except duckdb.IOException as error:
+                if str(path) not in str(error):
+                    raise
+                message = f"can't write the file ({_sentence(error)}); make room on its disk"
+                raise Unavailable(message) from error
             return int(written[0]) if written else 0
 
     def close(self) -> None:
