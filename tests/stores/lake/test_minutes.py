@@ -63,6 +63,7 @@ def test_an_inference_counts_once_in_all_and_once_in_each_of_its_slices(inferenc
     )
     counted = {row["slice"]: row["requests"] for row in found}
     assert counted == {"": 3, "country=DE": 2, "plan=pro": 1}
+    assert {row["bucket"] is None for row in found if row["slice"]} == {True}
 
 
 def test_no_time_at_all_has_a_bucket(inference: Inference):

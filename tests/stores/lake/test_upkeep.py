@@ -233,6 +233,35 @@ class TestSpace:
         assert len(lake.table("inferences").file_uris()) == 1
         assert len(lake.ids("inferences")) == 5
 
+    def test_minutes_are_added_up_as_they_are_merged(self, lake: Lake, inference: Inference):
+        for number in range(6):
+            at = NOW + 60 * (number % 2)
+            lake.move(inference(number, at=at, seconds=0.5, slices={"country": "DE"}))
+        asked = "SELECT slice, epoch(minute), sum(requests), sum(seconds) FROM minutes GROUP BY ALL"
+        before = sorted(lake.query(asked))
+        assert lake.query("SELECT count(*) FROM minutes") == [(12,)]
+        compact_all(lake)
+        assert lake.query("SELECT count(*) FROM minutes") == [(4,)]
+        assert sorted(lake.query(asked)) == before
+        assert [row[2] for row in before] == [3, 3, 3, 3]
+        # Which batches are in the table is still known: nothing is written again.
+        assert LakeTable(lake.folder, schema.MINUTES).written("slot") == 6
+        lake.restart()
+        lake.move(inference(6, at=NOW, seconds=0.5))
+        assert lake.query("SELECT sum(requests) FROM minutes WHERE slice = ''") == [(7,)]
+
+    def test_minutes_of_a_newer_version_keep_what_we_do_not_know(
+        self, lake: Lake, inference: Inference
+    ):
+        lake.move(inference(1), inference(2))
+        table = lake.table("minutes")
+        table.alter.add_columns([Field("novel", PrimitiveType("string"))])
+        lake.restart()
+        lake.move(inference(3))
+        compact_all(lake)
+        assert lake.query("SELECT sum(requests) FROM minutes") == [(3,)]
+        assert len(lake.table("minutes").file_uris()) == 1
+
     def test_today_is_merged_now_and_then(
         self, lake: Lake, inference: Inference, monkeypatch: pytest.MonkeyPatch
     ):

@@ -13,11 +13,12 @@ from shipworthy.stores.lake.schema import BUCKETS_PER_E, MINUTES, SHORTEST
 def count_minutes(records: Iterable[InferenceRecord]) -> dict[str, list[Any]]:
     """The rows of `minutes` for these inferences, as columns; times in seconds since 1970.
 
-    Each inference counts once under the slice "" and once under each of its own.
+    Each inference counts once under the slice "", by bucket of its latency, and once under each of
+    its own slices.
     """
     sums: dict[tuple[Any, ...], list[float]] = {}
     for record in records:
-        what = (
+        what: tuple[Any, ...] = (
             record.at // 60,
             record.plan,
             record.model,
@@ -27,11 +28,11 @@ def count_minutes(records: Iterable[InferenceRecord]) -> dict[str, list[Any]]:
             record.serving_release,
             record.outcome._value_,  # the enum's own hash takes as long as all the rest
             record.reason,
-            floor(BUCKETS_PER_E * log(max(SHORTEST, record.seconds))),
         )
-        _add(sums, ("", what), record)
+        bucket = floor(BUCKETS_PER_E * log(max(SHORTEST, record.seconds)))
+        _add(sums, (what, "", bucket), record)
         for name, value in record.slices.items():
-            _add(sums, (f"{name}={value}", what), record)
+            _add(sums, (what, f"{name}={value}", None), record)
     return _columns(sums)
 
 
@@ -51,7 +52,7 @@ def _add(
 def _columns(sums: dict[tuple[Any, ...], list[float]]) -> dict[str, list[Any]]:
     names = [column.name for column in MINUTES.columns]
     rows = [
-        (what[0] // 1440, what[0] * 60, *what[1:-1], part, what[-1], *found)
-        for (part, what), found in sums.items()
+        (what[0] // 1440, what[0] * 60, *what[1:], part, bucket, *found)
+        for (what, part, bucket), found in sums.items()
     ]
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}

@@ -125,7 +125,7 @@ MINUTES = Table(
         Column("outcome", "string"),
         Column("reason", "string"),
         Column("slice", "string"),  # "" counts every inference, "country=DE" those of that slice
-        Column("bucket", "long"),  # floor(20 ln seconds): steps of 5%
+        Column("bucket", "long"),  # floor(20 ln seconds): steps of 5%; of slices there is none
         Column("requests", "long"),
         Column("seconds", "double"),  # the sum
         Column("request_bytes", "long"),

@@ -13,6 +13,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import duckdb
 from arro3.core import RecordBatch
 from deltalake import (
     ColumnProperties,
@@ -29,7 +30,8 @@ from deltalake.schema import PrimitiveType
 
 from shipworthy.domain.erasure import Tombstone
 from shipworthy.errors import Unavailable
-from shipworthy.stores.lake.schema import FEEDBACK, INFERENCES, Table
+from shipworthy.stores.lake.folding import folded
+from shipworthy.stores.lake.schema import FEEDBACK, INFERENCES, MINUTES, Table
 
 TARGET_BYTES = 128 * 1024 * 1024
 """Size of file that compaction aims at."""
@@ -109,7 +111,10 @@ class LakeTable:
         return [SmallFiles(day, len(found), sum(found)) for day, found in small.items()]
 
     def compact(self, day: date | None, now: float) -> None:
-        """Merge a day's small files."""
+        """Merge a day's small files; of `minutes` also the rows that count the same things."""
+        if self.table == MINUTES and day is not None and not self._has_more:
+            self._fold(day, now)
+            return
         with self._explained(), self._replacing(now):
             self._delta.optimize.compact(
                 partition_filters=None if day is None else [("day", "=", day.isoformat())],
@@ -118,6 +123,21 @@ class LakeTable:
                 writer_properties=self._writing,
                 commit_properties=_committing(),
             )
+
+    def _fold(self, day: date, now: float) -> None:
+        chosen = f"day = '{day.isoformat()}'"
+        with self._explained(), self._replacing(now):
+            files = self._delta.file_uris(file_pruning_predicate=[("day", "=", day.isoformat())])
+            with folded(files, day) as rows:
+                write_deltalake(
+                    self._delta,
+                    rows,
+                    mode="overwrite",
+                    predicate=chosen,
+                    target_file_size=TARGET_BYTES,
+                    writer_properties=self._writing,
+                    commit_properties=_committing(),
+                )
 
     def drop_before(self, day: date, now: float) -> bool:
         """Drop the days before that one; whether there were any."""
@@ -247,7 +267,7 @@ class LakeTable:
                 " writer may, so stop the other one"
             )
             raise Unavailable(message) from error
-        except (DeltaError, OSError) as error:
+        except (DeltaError, OSError, duckdb.Error) as error:
             message = (
                 f"the table {self._place} can't be used ({_first_line(error)}); {_cure(error)}"
             )
