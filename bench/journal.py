@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -207,7 +207,7 @@ class Process:
 
 
 @contextmanager
-def processes(session: Session) -> Iterator[tuple[Process, Process]]:
+def processes(session: Session) -> Generator[tuple[Process, Process]]:
     """The keeper and the lake's writer, with their memory noted every half second."""
     root = session.project.root
     keeper = Process("keeping", root, root / "keeper.log")
@@ -232,8 +232,9 @@ def processes(session: Session) -> Iterator[tuple[Process, Process]]:
 
 def begin_rollout(session: Session) -> None:
     """A rollout at 5% that never has enough, so that the keeper has all its work to do."""
-    document = {"model": MODEL, "preset": "standard"}
-    document["rollout"] = {"steps": [{"weight": "5%", "requests": 10**9}], "step_limit": "300d"}
+    steps = [{"weight": "5%", "requests": 10**9}]
+    rollout = {"steps": steps, "step_limit": "300d"}
+    document = {"model": MODEL, "preset": "standard", "rollout": rollout}
     policy = Policy.model_validate(with_preset(document))
     now = time.time()
     state = machine.begin(
