@@ -123,9 +123,11 @@ class BreakerWindow(msgspec.Struct, frozen=True):
 
     def _with_stable(self, unit: str | None, *, failed: bool) -> BreakerWindow:
         kept = _without(self.stable, unit)
-        same_gap = [outcome for outcome in kept if outcome.turn == self.turn]
-        if len(same_gap) >= _STABLE_PER_GAP:
-            kept = tuple(outcome for outcome in kept if outcome is not same_gap[0])
+        gap = len(kept)  # where this gap's outcomes begin: they are the newest
+        while gap and kept[gap - 1].turn == self.turn:
+            gap -= 1
+        if len(kept) - gap >= _STABLE_PER_GAP:
+            kept = kept[:gap] + kept[gap + 1 :]
         stable = (*kept, UnitOutcome(unit, failed, self.turn))
         return BreakerWindow(self.rule, self.candidate, stable, self.turn)
 
