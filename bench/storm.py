@@ -113,15 +113,18 @@ class Town:
         raise TimeoutError(f"'shipworthy up' did not come back; see {self.root / 'up.log'}")
 
     async def _came_up(self, deadline: float) -> bool:
-        """Whether the gateway listens; False when `up` has ended instead."""
+        """Whether its own gateway listens; False when `up` has ended instead."""
         assert self.up is not None
-        file = self.root / ".shipworthy" / "gateway.json"
+        state = self.root / ".shipworthy"
         while time.monotonic() < deadline:
             if self.up.returncode is not None:
                 return False
             with contextlib.suppress(OSError, ValueError):
-                os.kill(json.loads(file.read_bytes())["pid"], 0)
-                return True
+                told = json.loads((state / "processes.json").read_bytes())
+                pids = {child["name"]: child["pid"] for child in told["children"]}
+                listens = json.loads((state / "gateway.json").read_bytes())["pid"]
+                if told["pid"] == self.up.pid and pids["gateway"] == listens:
+                    return True
             await asyncio.sleep(0.05)
         return False
 
