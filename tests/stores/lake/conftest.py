@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ class Lake:
         )
         self.worker = JournalWriter(self.journals, "w0", 10**9, segment_bytes=5_000)
         self.writer = self.restart()
+
+    def lie_in(self, name: str) -> None:
+        """Begin anew in another folder."""
+        self.folder = self.folder.parent / name / "lake"
+        self.files = replace(self.files, lake=self.folder, place=self.folder / "writer.json")
+        self.restart()
 
     def restart(self, **options: int) -> LakeWriter:
         self.writer = LakeWriter(

@@ -183,6 +183,17 @@ class TestForgetting:
         lake.drain()
         assert self.units(lake) == [("u1",)]
 
+    def test_a_unit_that_is_asked_for_meanwhile_is_forgotten_too(
+        self, lake: Lake, inference: Inference
+    ):
+        for number in range(6):
+            lake.move(inference(number, unit="a" if number < 3 else "b", at=NOW - number * DAY))
+        lake.forget("a", NOW)
+        lake.writer.cycle()
+        lake.forget("b", NOW)
+        lake.drain()
+        assert lake.table("inferences").count() == 0
+
     def test_another_unit_later_has_its_own_grace(self, lake: Lake, inference: Inference):
         lake.move(inference(1, unit="a"), inference(2, unit="b"), inference(3, unit="c"))
         lake.forget("a", NOW + 1)
@@ -249,6 +260,23 @@ class TestSpace:
         lake.restart()
         lake.move(inference(6, at=NOW, seconds=0.5))
         assert lake.query("SELECT sum(requests) FROM minutes WHERE slice = ''") == [(7,)]
+
+    @pytest.mark.parametrize("name", ["a lake", "ünï", "50%", "a*b?", "it's #1", "{a,b}"])
+    def test_a_lake_is_merged_wherever_it_lies(self, lake: Lake, inference: Inference, name: str):
+        lake.lie_in(name)
+        for number in range(5):
+            lake.move(inference(number))
+        compact_all(lake)
+        assert not lake.condition.problem
+        for table in ("inferences", "minutes"):
+            assert len(list((lake.folder / table / "_delta_log").glob("*.json"))) == 7
+            assert len(lake.table(table).file_uris()) == 1
+
+    @pytest.mark.parametrize("name", ["[a]", "a^b", "a|b", "a\\b", "a\nb", "a%20b"])
+    def test_a_place_that_files_cannot_be_named_in_is_refused(self, lake: Lake, name: str):
+        lake.lie_in(name)
+        with pytest.raises(Unavailable, match=r"(?s)can't lie in .*; move the project"):
+            lake.writer.cycle()
 
     def test_minutes_of_a_newer_version_keep_what_we_do_not_know(
         self, lake: Lake, inference: Inference

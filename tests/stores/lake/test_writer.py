@@ -298,6 +298,18 @@ class TestFaults:
         assert lake.ids("inferences") == [f"i{number:05d}" for number in range(6)]
         assert lake.query("SELECT sum(requests) FROM minutes") == [(6,)]
 
+    def test_a_writer_that_others_overtook_loses_nothing(self, lake: Lake, inference: Inference):
+        lake.move(inference(1))
+        overtaken = lake.writer
+        lake.restart()
+        lake.move(inference(2))
+        lake.append(inference(3))
+        while overtaken.cycle():
+            pass
+        lake.restart()
+        lake.drain()
+        assert lake.ids("inferences") == ["i00001", "i00002", "i00003"]
+
     @pytest.mark.parametrize("failing", [1, 2, 3])
     def test_a_table_that_refuses_is_written_later(
         self,

@@ -23,6 +23,8 @@ _MEMORY = "256MB"  # what needs more goes by way of the disk
 def folded(files: Sequence[str], day: date) -> Generator[duckdb.DuckDBPyRelation]:
     """The rows of these files of one day, added up and in order of time, as an Arrow stream.
 
+    Files are named as patterns, see `literal_glob`.
+
     Raises duckdb.Error, also while they are read.
     """
     columns = ["DATE '" + day.isoformat() + "' AS day"]
@@ -34,9 +36,8 @@ def folded(files: Sequence[str], day: date) -> Generator[duckdb.DuckDBPyRelation
         FROM read_parquet($files, union_by_name = true, hive_partitioning = false)
         GROUP BY ALL ORDER BY minute
     """  # noqa: S608  # our own column names
-    with TemporaryDirectory(prefix="shipworthy-") as spill:
-        with closing(duckdb.connect()) as database:
-            database.execute(f"SET memory_limit = '{_MEMORY}'; SET threads = 1")
-            database.execute("SET temp_directory = $spill", {"spill": spill})
-            database.execute("SET TimeZone = 'UTC'")
-            yield database.sql(sql, params={"files": list(files)})
+    with TemporaryDirectory(prefix="shipworthy-") as spill, closing(duckdb.connect()) as database:
+        database.execute(f"SET memory_limit = '{_MEMORY}'; SET threads = 1")
+        database.execute("SET temp_directory = $spill", {"spill": spill})
+        database.execute("SET TimeZone = 'UTC'")
+        yield database.sql(sql, params={"files": list(files)})

@@ -9,6 +9,7 @@ was forgotten.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from pathlib import Path
 from typing import cast
@@ -45,6 +46,11 @@ def data_files(table: Path) -> list[Path]:
         raise _unreadable(table, str(error)) from error
     # The log spells paths as URLs do.
     return [table / unquote(path) for path in paths]
+
+
+def literal_glob(path: str) -> str:
+    """The path as DuckDB is to be given it, which takes paths for patterns."""
+    return re.sub(r"([\[*?])", r"[\1]", path)
 
 
 def _unreadable(place: Path, why: str | None) -> Unavailable:

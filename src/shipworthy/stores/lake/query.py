@@ -22,6 +22,7 @@ import duckdb
 
 from shipworthy.errors import NotAllowed, Unavailable, UsageError
 from shipworthy.stores.lake.formats import PLAN_COLUMNS, Result
+from shipworthy.stores.lake.inventory import literal_glob
 from shipworthy.stores.lake.schema import (
     BUCKETS_PER_E,
     FEEDBACK,
@@ -118,7 +119,7 @@ class Lake:
                 _create_view(self._database, table, files[table.name])
             self._database.execute(f"CREATE VIEW {JOINED} AS {_joined()}")
             allowed = [file for some in files.values() for file in some]
-            allowed = list(dict.fromkeys([*allowed, *map(_literal_glob, allowed)]))
+            allowed = list(dict.fromkeys([*allowed, *map(literal_glob, allowed)]))
             allowed += [str(output)] if output else []
             # The clock begins only now: opening a large lake is none of the query's time.
             milliseconds = max(1, round(self._limits.seconds * 1000))
@@ -320,7 +321,7 @@ def _create_view(database: duckdb.DuckDBPyConnection, table: Table, files: list[
     source, present = "(SELECT 1 WHERE false)", set[str]()
     if files:
         source = (
-            f"read_parquet({_list(map(_literal_glob, files))}, union_by_name = true,"
+            f"read_parquet({_list(map(literal_glob, files))}, union_by_name = true,"
             f" hive_partitioning = {table.by_day}"
             f"{', hive_types = {day: DATE}' if table.by_day else ''})"
         )
@@ -351,10 +352,6 @@ FROM {INFERENCES.name} i LEFT JOIN (
   SELECT inference, {newest}, max(time) AS feedback_time
   FROM {FEEDBACK.name} GROUP BY inference
 ) f ON f.inference = i.id"""
-
-
-def _literal_glob(path: str) -> str:
-    return re.sub(r"([\[*?])", r"[\1]", path)
 
 
 def _name(text: str) -> str:

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import unquote
 
 import duckdb
 from arro3.core import RecordBatch
@@ -31,6 +33,7 @@ from deltalake.schema import PrimitiveType
 from shipworthy.domain.erasure import Tombstone
 from shipworthy.errors import Unavailable
 from shipworthy.stores.lake.folding import folded
+from shipworthy.stores.lake.inventory import literal_glob
 from shipworthy.stores.lake.schema import FEEDBACK, INFERENCES, MINUTES, Table
 
 TARGET_BYTES = 128 * 1024 * 1024
@@ -45,6 +48,8 @@ _PROPERTIES = {
     "delta.deletedFileRetentionDuration": "interval 1 hours",
     "delta.enableExpiredLogCleanup": "true",
 }
+_UNNAMABLE = re.compile(r"[\[\]^|\\\x00-\x1f\x7f]|%[0-9A-Fa-f]{2}")
+"""What delta-rs ends the process for, or takes for the path of another folder."""
 _ABOUT = {INFERENCES: "time", FEEDBACK: "asked"}
 """The tables that know of units, and the column with the time of the request in question."""
 
@@ -126,18 +131,31 @@ class LakeTable:
 
     def _fold(self, day: date, now: float) -> None:
         chosen = f"day = '{day.isoformat()}'"
-        with self._explained(), self._replacing(now):
-            files = self._delta.file_uris(file_pruning_predicate=[("day", "=", day.isoformat())])
-            with folded(files, day) as rows:
-                write_deltalake(
-                    self._delta,
-                    rows,
-                    mode="overwrite",
-                    predicate=chosen,
-                    target_file_size=TARGET_BYTES,
-                    writer_properties=self._writing,
-                    commit_properties=_committing(),
-                )
+        with (
+            self._explained(),
+            self._replacing(now),
+            folded(self._files_of(day), day) as rows,
+        ):
+            write_deltalake(
+                self._delta,
+                rows,
+                mode="overwrite",
+                predicate=chosen,
+                target_file_size=TARGET_BYTES,
+                writer_properties=self._writing,
+                commit_properties=_committing(),
+            )
+
+    def _files_of(self, day: date) -> list[str]:
+        files = self._delta.get_add_actions(flatten=True)
+        paths = cast("list[str]", files["path"].to_pylist())
+        days = cast("list[date]", files["partition.day"].to_pylist())
+        # The log spells paths as URLs do.
+        return [
+            literal_glob(str(self._place.absolute() / unquote(path)))
+            for path, of in zip(paths, days, strict=True)
+            if of == day
+        ]
 
     def drop_before(self, day: date, now: float) -> bool:
         """Drop the days before that one; whether there were any."""
@@ -210,6 +228,12 @@ class LakeTable:
     # --- opening ------------------------------------------------------------------------------
 
     def _open(self) -> DeltaTable:
+        if _UNNAMABLE.search(str(self._place.absolute())):
+            message = (
+                f"the lake can't lie in {self._place.parent}: its path has one of [ ] ^ | \\, a"
+                " control character or % before two digits; move the project, or set lake.url"
+            )
+            raise Unavailable(message)
         if DeltaTable.is_deltatable(str(self._place)):
             return DeltaTable(self._place)
         fields = [Field(each.name, PrimitiveType(each.type)) for each in self.table.columns]

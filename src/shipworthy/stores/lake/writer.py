@@ -57,14 +57,21 @@ class Files:
     lock: Path
 
 
+@dataclass(frozen=True, slots=True)
+class _Forgetting:
+    """Which units are being forgotten, and where they are still to be deleted."""
+
+    units: list[Tombstone]
+    left: list[tuple[schema.Table, date]]
+
+
 @dataclass(slots=True)
 class _Opened:
     """What holds for as long as nobody else changes it."""
 
     place: Place
     tables: dict[schema.Table, LakeTable]
-    forgetting: list[tuple[schema.Table, date]] | None = None
-    """Where the units that are being forgotten are still to be deleted, once that is known."""
+    forgetting: _Forgetting | None = None
 
 
 @dataclass(slots=True)
@@ -117,7 +124,8 @@ class LakeWriter:
     def _cycle(self) -> bool:
         now = self.clock()
         opened = self._opened
-        if opened is None:
+        if opened is None or load_place(self.files.place) != opened.place:
+            # Whoever held the lock in between, such as a writer whose 'up' was killed, moved on.
             opened = self._opened = self._open(now)
         cursors, decisions = self._ask_ledger(opened)
         if not opened.place.done:
@@ -271,7 +279,7 @@ class LakeWriter:
         place = opened.place
         pending = [each for each in self._tombstones or () if each.sequence > place.forgotten]
         if pending:
-            self._delete(opened, pending[:_UNITS], now)
+            self._delete(opened, pending, now)
             return True
         if place.purge is None or now < place.purge:
             return False
@@ -279,23 +287,27 @@ class LakeWriter:
         self._save(opened, purge=None if all(gone) else now + READERS_SECONDS)
         return True
 
-    def _delete(self, opened: _Opened, units: list[Tombstone], now: float) -> None:
+    def _delete(self, opened: _Opened, pending: list[Tombstone], now: float) -> None:
         """Delete units from one day of one table, or take note that they are gone from all."""
-        if opened.forgetting is None:
-            # Whatever is moved from here on is filtered, so nothing comes to further days.
-            opened.forgetting = [
+        forgetting = opened.forgetting
+        if forgetting is None:
+            # Whatever is moved from here on is filtered, so nothing comes to further days. Units
+            # that are asked for meanwhile have days of their own, and wait.
+            units = pending[:_UNITS]
+            left = [
                 (table, day)
                 for table, each in opened.tables.items()
                 for day in each.days_with(units)
             ]
-        if opened.forgetting:
-            table, day = opened.forgetting[0]
-            opened.tables[table].forget(units, day, now)
-            del opened.forgetting[0]
+            forgetting = opened.forgetting = _Forgetting(units, left)
+        if forgetting.left:
+            table, day = forgetting.left[0]
+            opened.tables[table].forget(forgetting.units, day, now)
+            del forgetting.left[0]
             return
         opened.forgetting = None
         purge = opened.place.purge or now + READERS_SECONDS
-        self._save(opened, forgotten=units[-1].sequence, purge=purge)
+        self._save(opened, forgotten=forgetting.units[-1].sequence, purge=purge)
 
     # --- what is remembered -------------------------------------------------------------------
 
