@@ -164,6 +164,14 @@ def test_a_spec_refuses(changes, told) -> None:
         ReleaseSpec.model_validate(content | changes)
 
 
+def test_a_release_that_was_registered_with_a_password_in_a_url_can_still_be_read() -> None:
+    serving = ENDPOINT | {"urls": ["http://me:secret@a/v1"]}
+    content = MANIFEST.model_dump(mode="json") | {"serving": serving}
+    assert Manifest.model_validate(content).model_dump(mode="json")["serving"]["urls"] == [
+        "http://me:secret@a/v1"
+    ]
+
+
 def test_parts_are_frozen() -> None:
     for part in (MANIFEST, Owner(name="a", email="a@b"), pinned()):
         with pytest.raises(ValidationError, match="frozen"):

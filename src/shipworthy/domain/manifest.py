@@ -188,17 +188,9 @@ class EndpointServing(Document):
     """A server elsewhere; `credential` refers to a secret (`env:NAME` or `file:PATH`)."""
 
     runtime: Literal["endpoint"]
-    urls: tuple[
-        Annotated[
-            str,
-            matching(
-                r"https?://[^\s/?#@]+([/?#]\S*)?",
-                "an http:// or https:// URL without user:password@; name a secret by"
-                " 'credential: env:NAME'",
-            ),
-        ],
-        ...,
-    ] = Field(min_length=1)
+    urls: tuple[Annotated[str, matching(r"https?://\S+", "an http:// or https:// URL")], ...] = (
+        Field(min_length=1)
+    )
     served_model: str
     credential: (
         Annotated[
@@ -263,6 +255,18 @@ class ReleaseSpec(_Common):
     def _runs_something(self) -> Self:
         if isinstance(self.serving, ProcessServing) and not self.artifacts:
             message = "nothing to serve: list artifacts, or give serving.runtime: endpoint"
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _tells_no_password(self) -> Self:
+        """Only of a new release: one that was registered never changes, and stays a way back."""
+        urls = self.serving.urls if isinstance(self.serving, EndpointServing) else ()
+        if any(re.match(r"https?://[^/?#]*@", url) for url in urls):
+            message = (
+                "a URL in serving.urls holds user:password@; leave that out, and name a secret by"
+                " 'credential: env:NAME'"
+            )
             raise ValueError(message)
         return self
 
