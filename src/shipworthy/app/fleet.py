@@ -34,14 +34,14 @@ class _Running:
     def report(self) -> tuple[DeploymentState, tuple[str, ...], str]:
         """State, addresses that answer, and what is wrong if anything."""
         urls = tuple(replica.url for replica in self.replicas if replica.url is not None)
-        problem = self.problem or next(
-            (replica.problem for replica in self.replicas if replica.problem), ""
+        problem = _clean(
+            self.problem or next((one.problem for one in self.replicas if one.problem), "")
         )
         if urls:
             return DeploymentState.READY, urls, problem
         if problem:
             return DeploymentState.FAILED, (), problem
-        doing = next((replica.doing for replica in self.replicas), "")
+        doing = _clean(next((replica.doing for replica in self.replicas), ""))
         return DeploymentState.STARTING, (), doing
 
 
@@ -136,3 +136,11 @@ class Fleet:
                             current, state=state, endpoints=endpoints, message=message
                         )
                     )
+
+
+def _clean(said: str) -> str:
+    """What a model said, without the characters that PostgreSQL or a terminal can't take."""
+    return "".join(
+        letter if letter.isprintable() or letter.isspace() else "\N{REPLACEMENT CHARACTER}"
+        for letter in said
+    )

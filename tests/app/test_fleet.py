@@ -1,0 +1,88 @@
+"""The fleet: what it tells the ledger of replicas."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from postgres import Databases
+
+from shipworthy.app.fleet import Fleet
+from shipworthy.domain.lifecycle import Deployment, DeploymentState, Release
+from shipworthy.domain.names import Stage
+from shipworthy.ports import RunningReplica
+from shipworthy.stores.ledger import SqlLedger, migrate, open_ledger
+
+DIGEST = "sha256:" + "a" * 64
+
+
+@dataclass
+class Replica:
+    """One that never answers, for a reason."""
+
+    problem: str
+    url: None = None
+    doing: str = ""
+
+    async def stop(self, grace: float) -> None:
+        pass
+
+    def last_lines(self, count: int = 20) -> list[str]:
+        return [self.problem][:count]
+
+
+@dataclass
+class Runtime:
+    problem: str
+
+    async def start(self, release: Release, deployment: Deployment) -> Iterable[RunningReplica]:
+        return [Replica(self.problem)]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[SqlLedger]:
+    """One with a deployment that is wanted."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path / 'ledger.db'}"
+        migrate(url)
+    else:
+        databases: Databases = request.getfixturevalue("databases")
+        url = databases.make(migrated=True)
+    release = Release(
+        model="m", version=1, digest=DIGEST, manifest={}, created_at=1.0, created_by="p"
+    )
+    deployment = Deployment(
+        id="d",
+        model="m",
+        release=DIGEST,
+        stage=Stage.STAGING,
+        wanted=True,
+        state=DeploymentState.STARTING,
+        since=1.0,
+    )
+    with open_ledger(url) as opened:
+        with opened.write() as tx:
+            tx.releases.add(release)
+            tx.deployments.put(deployment)
+        yield opened
+
+
+async def told(ledger: SqlLedger, fleet: Fleet, state: DeploymentState) -> Deployment:
+    while True:
+        await fleet.reconcile()
+        with ledger.read() as tx:
+            deployment = tx.deployments.get("d")
+        assert deployment is not None
+        if deployment.state is state:
+            return deployment
+
+
+def test_last_words_that_no_database_takes_are_told_without_what_it_refuses(
+    ledger: SqlLedger,
+) -> None:
+    fleet = Fleet(ledger, Runtime("it said: \0\x1b[31mno \ud800\n\u00fcber"))
+    deployment = asyncio.run(told(ledger, fleet, DeploymentState.FAILED))
+    assert deployment.message == "it said: \ufffd\ufffd[31mno \ufffd\n\u00fcber"
