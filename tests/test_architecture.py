@@ -51,6 +51,14 @@ def test_a_gateway_worker_loads_no_heavy_package(module: str) -> None:
     assert not loaded.stdout.split()
 
 
+def test_a_command_starts_without_what_only_the_lake_needs() -> None:
+    program = "import sys, shipworthy.cli; print({'deltalake', 'duckdb'} & sys.modules.keys())"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.strip() == "set()"
+
+
 # What reads the clock, draws randomness or does I/O without an import that would show it.
 IMPURE = {
     "now", "utcnow", "today", "getenv", "read_text", "read_bytes", "write_text", "write_bytes",

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from deltalake import DeltaTable
 
-from shipworthy.app.lake_writing import read_condition
 from shipworthy.app.session import prepare_state
 from shipworthy.domain.records import FeedbackRecord
 from shipworthy.settings import Project, load_project
 from shipworthy.stores.files import locked
 from shipworthy.stores.journal import JournalWriter
+from shipworthy.stores.lake.state import load_condition
 
 SECONDS = 60.0
 
@@ -80,7 +80,7 @@ def test_it_moves_records_until_it_is_told_to_stop(project: Project):
             assert count(project) == 2
         assert writer.wait(SECONDS) == 0
     assert count(project) == 3
-    condition = read_condition(project)
+    condition = load_condition(project.lake_condition)
     assert condition is not None
     assert (condition.records, condition.problem) == (3, "")
 
@@ -108,7 +108,7 @@ def test_without_a_ledger_it_says_what_is_wrong(project: Project):
         assert writer.wait(SECONDS) == 3
         assert writer.stderr is not None
         assert "ledger" in writer.stderr.read()
-    assert read_condition(project) is None
+    assert load_condition(project.lake_condition) is None
 
 
 def test_a_fault_is_said_once_and_waited_for(project: Project):
@@ -120,7 +120,7 @@ def test_a_fault_is_said_once_and_waited_for(project: Project):
         tries: set[float] = set()
         while len(tries) < 3:
             assert time.monotonic() < deadline
-            if (found := read_condition(project)) and "is damaged" in found.problem:
+            if (found := load_condition(project.lake_condition)) and "is damaged" in found.problem:
                 tries.add(found.at)
             time.sleep(0.05)
         project.lake_writer.unlink()

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 
 from shipworthy.app.children import ChildState, Processes, read_processes
 from shipworthy.app.gateway_address import gateway_address
-from shipworthy.app.lake_writing import read_condition
 from shipworthy.domain.terms import Term
 from shipworthy.errors import Unavailable
 from shipworthy.settings import Project
+from shipworthy.stores.lake.state import load_condition
 
 _DROPPED = re.compile(
     r'^shipworthy_gateway_records_dropped_total\{why="([^"]*)"\} (\S+)$', re.MULTILINE
@@ -73,7 +73,7 @@ def restarted_often(processes: Processes, now: float) -> list[ChildState]:
 
 def lake_lag(project: Project, now: float) -> float | None:
     """Seconds that the lake is behind; None where its writer has never run."""
-    condition = read_condition(project)
+    condition = load_condition(project.lake_condition)
     return None if condition is None else now - condition.complete
 
 

@@ -13,9 +13,7 @@ from shipworthy.app.processes import Worker
 from shipworthy.app.session import Session, open_session
 from shipworthy.errors import ShipworthyError
 from shipworthy.loops import run_until
-from shipworthy.settings import Project
 from shipworthy.stores.journal import JournalReader
-from shipworthy.stores.lake.state import Condition, load_condition
 from shipworthy.stores.lake.writer import Files, LakeWriter
 
 BETWEEN_SECONDS = 0.05
@@ -24,11 +22,6 @@ LONGEST_WAIT = 5.0
 """Seconds between tries, through faults."""
 LAST_SECONDS = 5.0
 """How long a writer that was told to stop goes on while there are records; the rest may wait."""
-
-
-def read_condition(project: Project) -> Condition | None:
-    """How the lake's writer is; None where none has run yet."""
-    return load_condition(project.lake_condition)
 
 
 def make_writer(session: Session) -> LakeWriter:

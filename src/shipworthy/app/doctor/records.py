@@ -18,12 +18,11 @@ from shipworthy.app.health import (
     last_drop,
     megabytes,
 )
-from shipworthy.app.lake_writing import read_condition
 from shipworthy.errors import IntegrityError, ShipworthyError, Unavailable
 from shipworthy.stores.journal import JournalReader
 from shipworthy.stores.lake.inventory import data_files
 from shipworthy.stores.lake.schema import TABLES
-from shipworthy.stores.lake.state import load_place
+from shipworthy.stores.lake.state import load_condition, load_place
 
 _LOOK_SECONDS = 0.5
 _BATCH = 2_000
@@ -153,7 +152,7 @@ def _drop_cure(why: str) -> str:
 
 def lake(case: Case) -> Iterator[Result]:
     """Whether the lake's writer keeps up, and its tables can be read."""
-    condition = read_condition(case.project)
+    condition = load_condition(case.project.lake_condition)
     if case.project.lake_condition.exists() and condition is None:
         cure = f"remove {case.project.lake_condition}: the writer makes it anew"
         yield bad("lake", "the writer's condition can't be read", cure)

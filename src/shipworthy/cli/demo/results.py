@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 
-from shipworthy.app.lake_writing import read_condition
 from shipworthy.app.session import Session
 from shipworthy.cli.demo.models import MODEL, Trained
 from shipworthy.cli.demo.traffic import Tally
@@ -22,6 +21,7 @@ from shipworthy.domain.statistics.intervals import wilson_interval
 from shipworthy.errors import Unavailable
 from shipworthy.settings import Project
 from shipworthy.stores.lake.query import Lake
+from shipworthy.stores.lake.state import load_condition
 
 _MOST_SECONDS_TO_LAKE = 60.0
 _INFERENCES = """
@@ -73,7 +73,9 @@ class Journalled:
 def read_records(project: Project, until: float) -> Journalled:
     """Read every record from the first on, once all from before that Unix time are in the lake."""
     deadline = time.monotonic() + _MOST_SECONDS_TO_LAKE
-    while (condition := read_condition(project)) is None or condition.complete < until:
+    while (
+        condition := load_condition(project.lake_condition)
+    ) is None or condition.complete < until:
         if time.monotonic() > deadline:
             why = condition.problem if condition else ""
             message = (
