@@ -35,7 +35,7 @@ from shipworthy.stores.lake.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
-BATCH_RECORDS = 50_000
+BATCH_RECORDS = 20_000
 BATCH_BYTES = 64 * 1024 * 1024
 _LEAST_BATCH_BYTES = 1024 * 1024
 READERS_SECONDS = 300.0
