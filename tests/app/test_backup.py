@@ -490,6 +490,8 @@ def test_a_lake_elsewhere_is_restored_there_only_when_that_is_empty(
     catch_up(new)
     assert in_lake(new) == Counter(f"i{number}" for number in range(20))
     assert not (new / ".shipworthy" / "lake").exists()
+    if not inside:
+        assert lake.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_postgresql_ledger_moves_to_another_database_or_to_a_file(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import secrets
 
 import pytest
@@ -51,6 +52,13 @@ def held(session: Session) -> str:
 def test_a_pseudonym_is_what_the_gateway_writes(session: Session) -> None:
     secret = (session.project.secrets / "pseudonyms").read_bytes()
     assert pseudonym_of(session.project, "user-17") == Pseudonyms(secret).of("user-17")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_unit_is_called_what_the_gateway_calls_it(session: Session, encoding: str) -> None:
+    secret = (session.project.secrets / "pseudonyms").read_bytes()
+    typed = os.fsdecode("Jörg".encode(encoding))
+    assert pseudonym_of(session.project, typed) == Pseudonyms(secret).of("Jörg")
 
 
 def test_a_unit_is_forgotten_by_the_lake(town: Town, session: Session, held: str) -> None:

@@ -152,6 +152,11 @@ def test_nothing_is_left_of_a_file_that_failed(here: Town) -> None:
         (("SELECT 1", "--memory", "much"), 2, "512MiB"),
         (("SELECT 1", "--memory", "1MiB"), 2, "too little memory"),
         (("SELECT 1", "--timeout", "soon"), 2, "soon"),
+        (("SELECT 1", "--timeout", "99999999999d"), 2, "30d at most"),
+        (("SELECT 1", "--memory", "9999999TiB"), 2, "more than any machine has"),
+        (("SELECT 1", "--memory", "9" * 400), 2, "more than any machine has"),
+        (("SELECT '\udcff'",), 2, "not UTF-8"),
+        (("SELECT 1", "--format", "parquet", "--output", "\udcff"), 2, "not UTF-8"),
         (("SELECT list(range) FROM range(1000000000)", "--memory", "100MiB"), 3, "--memory"),
         (("SELECT 1", "--format", "csv", "--output", "none/x"), 3, "check its folder"),
     ],
@@ -167,6 +172,19 @@ def test_what_is_wrong_is_said(
 def test_sql_may_come_from_standard_input(here: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("SELECT 7 AS seven; -- from a file\n"))
     assert json.loads(here.sw("query", "-", "--format", "json")) == [{"seven": 7}]
+
+
+def test_standard_input_that_is_no_text_is_told(
+    here: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"SELECT '\xff'"), "utf-8"))
+    done = here.run("query", "-")
+    assert (done.code, "not UTF-8" in done.stderr) == (2, True)
+
+
+def test_what_clients_sent_does_not_act_on_a_terminal(here: Town) -> None:
+    said = here.sw("query", "SELECT concat('a', chr(27), '[31mb', chr(155), 'c', chr(13)) AS x")
+    assert r"a\x1b[31mb\x9bc\x0d" in said
 
 
 def test_a_plan_is_drawn(here: Town) -> None:

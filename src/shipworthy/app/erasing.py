@@ -6,6 +6,7 @@ act stays on record for ever, and must not say whom it was about.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -50,7 +51,16 @@ def pseudonym_of(project: Project, unit: str) -> str:
             " called in the lake; restore it from a backup"
         )
         raise NotFound(message) from error
-    return Pseudonyms(secret).of(unit)
+    return Pseudonyms(secret).of(_as_received(unit))
+
+
+def _as_received(unit: str) -> str:
+    """The unit as the gateway reads it, which takes bytes that are no UTF-8 for Latin-1."""
+    raw = os.fsencode(unit)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 def check_pseudonym(text: str) -> str:

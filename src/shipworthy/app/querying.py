@@ -67,6 +67,11 @@ def ask_lake(question: Question, sink: Callable[[bytes], object]) -> Ending:
     """
     from shipworthy.stores.lake.query import too_slow
 
+    try:
+        asked = msgspec.json.encode(question) + b"\n"
+    except UnicodeEncodeError as error:
+        message = "the SQL, or a path that it needs, is not UTF-8; write it so, and ask again"
+        raise UsageError(message) from error
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             [sys.executable, "-m", "shipworthy.app.querying"],
@@ -76,7 +81,7 @@ def ask_lake(question: Question, sink: Callable[[bytes], object]) -> Ending:
             start_new_session=True,  # a Ctrl-C is for us, and what it starts ends with it
         )
         try:
-            in_time = _relay(process, question, sink)
+            in_time = _relay(process, asked, question.seconds, sink)
         finally:
             _end(process)
         if not in_time:
@@ -86,15 +91,18 @@ def ask_lake(question: Question, sink: Callable[[bytes], object]) -> Ending:
 
 
 def _relay(
-    process: subprocess.Popen[bytes], question: Question, sink: Callable[[bytes], object]
+    process: subprocess.Popen[bytes],
+    asked: bytes,
+    seconds: float,
+    sink: Callable[[bytes], object],
 ) -> bool:
     """Pass on what it writes until it has ended; False when that takes too long."""
     source, questions = process.stdout, process.stdin
     assert source is not None  # noqa: S101  # both are pipes, see above
     assert questions is not None  # noqa: S101
-    deadline = time.monotonic() + question.seconds
+    deadline = time.monotonic() + seconds
     with contextlib.suppress(BrokenPipeError):  # then its ending tells why
-        questions.write(msgspec.json.encode(question) + b"\n")
+        questions.write(asked)
         questions.flush()
     while (left := deadline - time.monotonic()) > 0:
         if not select.select([source], [], [], left)[0]:

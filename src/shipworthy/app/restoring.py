@@ -227,6 +227,8 @@ def _place_lake(project: Project, state: Path) -> None:
     with workspace(lake.with_name(f".{lake.name}.restoring")) as beside:
         copied = beside / LAKE
         shutil.copytree(here, copied)
+        # Outside of the project's folder nothing else keeps others out.
+        copied.chmod(lake.stat().st_mode & 0o777 if lake.exists() else 0o700)
         copied.rename(lake)
     shutil.rmtree(here)
 

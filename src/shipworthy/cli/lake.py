@@ -29,6 +29,8 @@ from shipworthy.stores.lake.formats import PLAN_COLUMNS
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[KMGT]i?)B?", re.IGNORECASE)
 _SHOWN_ROWS = 1000
 _COUNT_SECONDS = 120.0
+_LONGEST_SECONDS = 30 * 86_400.0
+_LARGEST_SIZE = 1024.0**5
 _TABLE = "table"
 _FORMATS = (_TABLE, *(name for name in get_args(Format) if name != "cells"))
 
@@ -67,10 +69,10 @@ def query(
         limit = _SHOWN_ROWS
     question = Question(
         lake=str(open_session().project.lake),
-        sql=sys.stdin.read() if sql == "-" else sql,
+        sql=_read_sql() if sql == "-" else sql,
         format="cells" if shape == _TABLE else cast("Format", shape),
         memory=read_size(memory),
-        seconds=read_duration(timeout),
+        seconds=_read_limit(timeout),
         limit=limit,
     )
     if output is not None:
@@ -81,14 +83,33 @@ def query(
         _to_screen(question)
 
 
+def _read_sql() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        message = "the SQL on standard input is not UTF-8; save it so, and ask again"
+        raise UsageError(message) from error
+
+
+def _read_limit(text: str) -> float:
+    seconds = read_duration(text)
+    if seconds > _LONGEST_SECONDS:
+        message = f"{text!r} is no limit; a query may take 30d at most"
+        raise UsageError(message)
+    return seconds
+
+
 def read_size(text: str) -> int:
     """Bytes, from text such as `512MiB`, `2G` or `1073741824`; all units are powers of 1024."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         message = f"{text!r} is no size; write for example 512MiB or 2GiB"
         raise UsageError(message)
-    power = " kmgt".index((match[2][:1] or " ").lower())
-    return int(float(match[1]) * 1024**power)
+    size = float(match[1]) * 1024 ** " kmgt".index((match[2][:1] or " ").lower())
+    if size > _LARGEST_SIZE:
+        message = f"{text!r} is more than any machine has; write for example 512MiB or 2GiB"
+        raise UsageError(message)
+    return int(size)
 
 
 def _to_file(question: Question, output: Path) -> None:

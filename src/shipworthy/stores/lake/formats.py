@@ -20,6 +20,10 @@ PLAN_COLUMNS = ["step", "plan"]
 """What EXPLAIN gives."""
 _LARGEST = 2**63
 _LONGEST_CELL = 200
+_CONTROLS = {
+    code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"
+}
+"""What clients sent must not act on the terminal of whoever looks at it."""
 _encoder = msgspec.json.Encoder(decimal_format="number", enc_hook=str)
 
 
@@ -81,7 +85,7 @@ def _shown(value: Any) -> str:
         return f"{len(value):,} bytes"
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:.6g}"
-    text = _cell(value)
+    text = _cell(value).translate(_CONTROLS)
     return text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 1] + "…"
 
 
