@@ -216,6 +216,17 @@ def test_one_that_ignores_everything_is_ended_too(
     assert started[0].returncode == -signal.SIGKILL
 
 
+def test_nothing_is_left_of_one_that_is_told_to_end(here: Town) -> None:
+    before = set(here.root.iterdir())
+    command = [Path(sys.executable).with_name("shipworthy"), "query", ENDLESS]
+    options = ["--format", "csv", "--output", "sums.csv"]
+    asking = subprocess.Popen([*command, *options], cwd=here.root)
+    wait_for(lambda: set(here.root.iterdir()) - before)
+    asking.terminate()
+    assert asking.wait() == 128 + signal.SIGTERM
+    assert set(here.root.iterdir()) == before
+
+
 def test_it_ends_with_whoever_asked(lake: Path) -> None:
     asking = (
         "import sys; from shipworthy.app.querying import *\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import signal
 import sys
 from typing import Annotated, cast
 
@@ -64,6 +65,8 @@ def options(
 
 def main() -> None:
     """Run a command; what we can explain ends in one sentence and its exit code."""
+    # Who is told to end clears up first; what runs for long has an order of its own.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # A log file must show what a terminal would, when it would.
     cast("io.TextIOWrapper", sys.stdout).reconfigure(line_buffering=True)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
