@@ -11,9 +11,13 @@ import pytest
 from postgres import Databases
 
 from shipworthy.app.fleet import Fleet
+from shipworthy.app.place import check_here, keeper_name
 from shipworthy.domain.lifecycle import Deployment, DeploymentState, Release
 from shipworthy.domain.names import Stage
+from shipworthy.domain.terms import Term
+from shipworthy.errors import Conflict
 from shipworthy.ports import RunningReplica
+from shipworthy.settings import Project, Settings
 from shipworthy.stores.ledger import SqlLedger, migrate, open_ledger
 
 DIGEST = "sha256:" + "a" * 64
@@ -70,6 +74,24 @@ def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[SqlLedge
         yield opened
 
 
+def test_where_another_folder_s_keepers_decide_nothing_is_started_or_told(
+    ledger: SqlLedger, tmp_path: Path
+) -> None:
+    here, there = (Project(tmp_path / name, Settings()) for name in ("here", "there"))
+
+    def check(term: Term) -> None:
+        check_here(here, term, now=100.0)
+
+    fleet = Fleet(ledger, Runtime("no"), check)
+    with ledger.write() as tx:
+        tx.terms.put(Term(number=7, holder=keeper_name(there), until=102.0))
+    with pytest.raises(Conflict, match=r"the keepers of .*/there decide .*term 7.*; stop"):
+        asyncio.run(fleet.reconcile())
+    with ledger.write() as tx:
+        tx.terms.put(Term(number=7, holder=keeper_name(there), until=99.0))
+    asyncio.run(told(ledger, fleet, DeploymentState.FAILED))
+
+
 async def told(ledger: SqlLedger, fleet: Fleet, state: DeploymentState) -> Deployment:
     while True:
         await fleet.reconcile()
@@ -83,6 +105,6 @@ async def told(ledger: SqlLedger, fleet: Fleet, state: DeploymentState) -> Deplo
 def test_last_words_that_no_database_takes_are_told_without_what_it_refuses(
     ledger: SqlLedger,
 ) -> None:
-    fleet = Fleet(ledger, Runtime("it said: \0\x1b[31mno \ud800\n\u00fcber"))
+    fleet = Fleet(ledger, Runtime("it said: \0\x1b[31mno \ud800\n\u00fcber"), bool)
     deployment = asyncio.run(told(ledger, fleet, DeploymentState.FAILED))
     assert deployment.message == "it said: \ufffd\ufffd[31mno \ufffd\n\u00fcber"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from postgres import Databases
 
+from shipworthy.app import supervisor
+from shipworthy.app.place import keeper_name
 from shipworthy.app.session import open_session, prepare_state
-from shipworthy.errors import LedgerUnavailable
-from shipworthy.settings import load_project
+from shipworthy.domain.terms import Term
+from shipworthy.errors import Conflict, LedgerUnavailable
+from shipworthy.settings import Project, Settings, load_project
 from shipworthy.stores.ledger import SqlLedger
 
 
@@ -54,6 +59,27 @@ def test_a_ledger_that_is_gone_is_not_replaced_by_an_empty_one(
         databases.server.create(name)
     with pytest.raises(LedgerUnavailable, match="is gone"):
         prepare_state(opened)
+
+
+def test_where_another_folder_s_keepers_decide_nothing_is_started(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(supervisor, "LEASE_SECONDS", 0.2)
+    session = replace(open_session(project, prepare=True), clock=lambda: 100.0)
+    there = Project(project / "there", Settings())
+    with session.ledger.write() as tx:
+        tx.terms.put(Term(number=3, holder=keeper_name(there), until=102.0))
+
+    async def fail(_: object) -> None:
+        pytest.fail("it runs")
+
+    async def up() -> None:
+        await supervisor.supervise(session, on_ready=fail, stop=asyncio.Event())
+
+    assert isinstance(session.ledger, SqlLedger)
+    with session.ledger, pytest.raises(Conflict, match="/there decide on this ledger"):
+        asyncio.run(up())
+    assert not any(session.project.logs.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
 
 from shipworthy.domain.lifecycle import Deployment, DeploymentState, Release
 from shipworthy.domain.names import ReleaseReference
+from shipworthy.domain.terms import Term
 from shipworthy.errors import ShipworthyError
 from shipworthy.ports import Ledger, RunningReplica, Runtime
 
@@ -47,15 +49,22 @@ class _Running:
 
 @dataclass(slots=True)
 class Fleet:
-    """All replicas of a project on this machine."""
+    """All replicas of a project on this machine.
+
+    `check` raises when whoever holds the keeper's term decides for other replicas than these.
+    """
 
     ledger: Ledger
     runtime: Runtime
+    check: Callable[[Term], object]
     _running: dict[str, _Running] = field(default_factory=dict[str, _Running])
     _stopping: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
 
     async def reconcile(self) -> None:
-        """Take one step towards what is wanted. Raises LedgerUnavailable, with nothing stopped."""
+        """Take one step towards what is wanted.
+
+        Raises LedgerUnavailable, or what `check` does, with nothing stopped.
+        """
         wanted = await asyncio.to_thread(self._wanted)
         for id_, (deployment, release) in wanted.items():
             if id_ not in self._running and deployment.wanted:
@@ -79,6 +88,7 @@ class Fleet:
 
     def _wanted(self) -> dict[str, tuple[Deployment, Release]]:
         with self.ledger.read() as tx:
+            self.check(tx.terms.current())
             found: dict[str, tuple[Deployment, Release]] = {}
             for deployment in tx.deployments.list():
                 release = tx.releases.find(
@@ -128,6 +138,7 @@ class Fleet:
         if not changed:
             return
         with self.ledger.write() as tx:
+            self.check(tx.terms.current())
             for id_, (state, endpoints, message) in changed.items():
                 current = tx.deployments.get(id_)
                 if current is not None:

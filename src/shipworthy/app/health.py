@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from shipworthy.app.children import ChildState, Processes, read_processes
 from shipworthy.app.gateway_address import gateway_address
+from shipworthy.app.place import elsewhere
 from shipworthy.domain.terms import Term
 from shipworthy.errors import Unavailable
 from shipworthy.settings import Project
@@ -82,6 +83,7 @@ def troubles(project: Project, term: Term, now: float, up_for: float) -> list[st
     return [
         *_dropping(project, now, up_for),
         *_lagging(project, now),
+        *_decided_elsewhere(project, term, now),
         *_undecided(term, now, up_for),
         *_dying(project, now),
     ]
@@ -103,6 +105,11 @@ def _lagging(project: Project, now: float) -> Iterator[str]:
     lag = lake_lag(project, now)
     if lag is not None and lag > LAG_LIMIT:
         yield f"the lake is {lag:.0f} s behind; {_ASK}"
+
+
+def _decided_elsewhere(project: Project, term: Term, now: float) -> Iterator[str]:
+    if problem := elsewhere(project, term, now):
+        yield problem
 
 
 def _undecided(term: Term, now: float, up_for: float) -> Iterator[str]:

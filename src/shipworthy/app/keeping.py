@@ -5,11 +5,10 @@ Any number may run; one of them is in office, the others stand by.
 
 from __future__ import annotations
 
-import os
-import secrets
 import sys
 from pathlib import Path
 
+from shipworthy.app.place import keeper_name
 from shipworthy.app.processes import Worker
 from shipworthy.app.session import Session, new_id, open_session
 from shipworthy.errors import ShipworthyError
@@ -29,7 +28,7 @@ def make_keeper(session: Session) -> Keeper:
     """A keeper of the project; its name tells people which process it is."""
     project = session.project
     return Keeper(
-        holder=f"{os.getpid()}-{secrets.token_hex(6)}",
+        holder=keeper_name(project),
         ledger=session.ledger,
         journal=JournalReader(project.journals),
         gather=gather,

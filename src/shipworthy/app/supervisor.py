@@ -25,11 +25,13 @@ from shipworthy.app.fleet import Fleet
 from shipworthy.app.gateway_address import gateway_file, gateway_url
 from shipworthy.app.gateway_worker import WorkerOptions
 from shipworthy.app.http import AiohttpClient
+from shipworthy.app.place import check_here, elsewhere
 from shipworthy.app.serving import make_runtimes
 from shipworthy.app.session import Session
 from shipworthy.app.status import LOCK
 from shipworthy.errors import Conflict, ShipworthyError, Unavailable
 from shipworthy.ports import Runtime
+from shipworthy.rollout.keeper import LEASE_SECONDS
 from shipworthy.settings import Project
 from shipworthy.stores.files import replace_file
 
@@ -107,7 +109,8 @@ async def supervise(
     First the gateway, which answers what is under way, then replicas and keepers, and the lake's
     writer last. When this is cancelled, all end at once.
 
-    Raises Conflict when another one does so already, Unavailable when the gateway's port is taken.
+    Raises Conflict when another one does so already, here or for the same ledger elsewhere, and
+    Unavailable when the gateway's port is taken.
     """
     project = session.project
     with only_one(project):
@@ -123,10 +126,11 @@ async def _supervise(
 ) -> None:
     project = session.project
     _check_port(project)
+    await _no_one_elsewhere(session, stop)
     key = admin_key(session)
     gateway_file(project).unlink(missing_ok=True)
     family = _family(session)
-    fleet = Fleet(session.ledger, runtime)
+    fleet = Fleet(session.ledger, runtime, lambda term: check_here(project, term, session.clock()))
     running = [asyncio.create_task(child.run()) for child in family]
     telling = asyncio.create_task(_tell(session, family))
     reconciling = asyncio.create_task(_reconcile(fleet, stop))
@@ -226,6 +230,19 @@ def _check_port(project: Project) -> None:
             " gateway.port in shipworthy.yaml (0 takes any free one)"
         )
         raise Unavailable(message) from error
+
+
+async def _no_one_elsewhere(session: Session, stop: asyncio.Event) -> None:
+    """Wait until the lease of keepers that died elsewhere has run out; Conflict where they live."""
+    deadline = asyncio.get_running_loop().time() + 2 * LEASE_SECONDS
+    while not stop.is_set():
+        with session.ledger.read() as tx:
+            term = tx.terms.current()
+        if not elsewhere(session.project, term, session.clock()):
+            return
+        if asyncio.get_running_loop().time() > deadline:
+            check_here(session.project, term, session.clock())
+        await asyncio.sleep(0.1)
 
 
 async def _ready(project: Project, gateway: Child, stop: asyncio.Event) -> str | None:

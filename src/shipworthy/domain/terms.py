@@ -26,6 +26,18 @@ def held_by_another(term: Term, holder: str, now: float, lease: float) -> bool:
     return term.holder != holder and now < term.until <= now + lease
 
 
+def keeper_at(place: str, name: str) -> str:
+    """The holder's name of a keeper at a place: a folder of a machine."""
+    return f"{place}#{name}"
+
+
+def held_elsewhere(term: Term, place: str, now: float, lease: float) -> str:
+    """The other place whose keeper's lease still runs; empty when there is none."""
+    other, known, _ = term.holder.rpartition("#")
+    runs = held_by_another(term, "", now, lease)
+    return other if known and runs and other != place else ""
+
+
 def renewal_is_due(term: Term, now: float, lease: float) -> bool:
     """Whether less than two thirds of the lease are left, or more than a lease can have.
 

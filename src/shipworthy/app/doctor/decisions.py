@@ -19,6 +19,7 @@ from shipworthy.app.doctor.results import (
     warn,
 )
 from shipworthy.app.health import LAPSE, STARTING
+from shipworthy.app.place import elsewhere
 from shipworthy.domain.audit import verify
 from shipworthy.domain.lifecycle import manifest_of
 from shipworthy.domain.manifest import PinnedFile
@@ -126,7 +127,10 @@ def term(case: Case) -> Iterator[Result]:
     now = case.clock()
     with case.ledger() as opened, opened.read() as tx:
         current = tx.terms.current()
-    if now - current.until <= LAPSE:
+    if problem := elsewhere(case.project, current, now):
+        seen, _, cure = problem.partition("; ")
+        yield bad("keeper", seen, cure)
+    elif now - current.until <= LAPSE:
         yield good("keeper", f"{current.holder or 'the keeper'} holds term {current.number}")
     elif case.up_for < STARTING:
         yield good("keeper", "'shipworthy up' is starting")
@@ -193,7 +197,7 @@ def clock(case: Case) -> Iterator[Result]:
         cure = "set the clock by a time service (chrony); until it has caught up, times look wrong"
         yield bad("clock", f"the clock was set back, or ran ahead: {' and '.join(ahead)}", cure)
     elif not _is_default(case) and not _synchronised():
-        seen = "no time service keeps this clock, and several machines share the ledger"
+        seen = "no time service keeps this clock, and the ledger's server has another one"
         yield warn("clock", seen, "run one, such as chrony")
     else:
         yield good("clock", "nothing lies in the future")
