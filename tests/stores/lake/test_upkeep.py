@@ -118,11 +118,15 @@ class TestPersonalColumns:
 class TestForgetting:
     def units(self, lake: Lake) -> list[tuple]:
         """Of every row in any file that is there, referred to or not."""
+        files = [str(path) for path in lake.parquet() if "unit" in columns_of(path)]
         with duckdb.connect() as database:
-            return database.execute(
-                "SELECT unit FROM read_parquet(?, union_by_name = true) ORDER BY ALL",
-                [[str(path) for path in lake.parquet() if "unit" in columns_of(path)]],
-            ).fetchall()
+            return (
+                database.execute(
+                    "SELECT unit FROM read_parquet(?, union_by_name = true) ORDER BY ALL", [files]
+                ).fetchall()
+                if files
+                else []
+            )
 
     def test_a_unit_leaves_lake_and_journals(
         self, lake: Lake, inference: Inference, feedback: Feedback
@@ -193,6 +197,18 @@ class TestForgetting:
         lake.forget("b", NOW)
         lake.drain()
         assert lake.table("inferences").count() == 0
+
+    def test_after_a_restart_files_go_in_time(self, lake: Lake, inference: Inference):
+        lake.move(inference(1, unit="gone"))
+        lake.forget("gone", NOW + 1)
+        lake.drain()
+        lake.now += 10
+        lake.restart()
+        for _ in range(4):
+            lake.drain()
+            lake.now += module.READERS_SECONDS / 3
+        lake.drain()
+        assert self.units(lake) == []
 
     def test_another_unit_later_has_its_own_grace(self, lake: Lake, inference: Inference):
         lake.move(inference(1, unit="a"), inference(2, unit="b"), inference(3, unit="c"))

@@ -156,6 +156,7 @@ class LakeWriter:
         if place.purge is not None:
             # Who replaced the files that are to be removed is not known here, so wait in full.
             place = msgspec.structs.replace(place, purge=now + READERS_SECONDS)
+            save_place(self.files.place, place)
         return _Opened(place, tables)
 
     def _first_place(self) -> Place:
