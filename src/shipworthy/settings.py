@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 from pydantic import Field
 
@@ -100,8 +101,10 @@ class Project:
         """The ledger's database URL; a relative path in it begins at the project's folder."""
         scheme, separator, path = (self.settings.ledger or "").partition(":///")
         if not separator or not scheme.startswith("sqlite"):
-            return self.settings.ledger or f"sqlite:///{self.state / 'ledger.db'}"
-        return f"{scheme}:///{self.root / path}" if path else f"{scheme}:///"
+            return self.settings.ledger or sqlite_url(self.state / "ledger.db")
+        if not path or path.startswith("/"):
+            return f"{scheme}:///{path}"
+        return f"{sqlite_url(self.root)}/{path}"
 
     @property
     def snapshots(self) -> Path:
@@ -159,6 +162,11 @@ class Project:
     def logs(self) -> Path:
         """What the processes said."""
         return self.state / "logs"
+
+
+def sqlite_url(file: Path) -> str:
+    """The database URL of a file, whatever its name: a `%` or `?` in a URL means something else."""
+    return f"sqlite:///{quote(str(file))}"
 
 
 def load_project(root: Path) -> Project:

@@ -15,7 +15,7 @@ from shipworthy.app.session import open_session, prepare_state
 from shipworthy.domain.terms import Term
 from shipworthy.errors import Conflict, LedgerUnavailable
 from shipworthy.settings import Project, Settings, load_project
-from shipworthy.stores.ledger import SqlLedger
+from shipworthy.stores.ledger import SqlLedger, database_at
 
 
 @pytest.fixture(params=["default", "file", "postgresql"])
@@ -80,6 +80,19 @@ def test_where_another_folder_s_keepers_decide_nothing_is_started(
     with session.ledger, pytest.raises(Conflict, match="/there decide on this ledger"):
         asyncio.run(up())
     assert not any(session.project.logs.iterdir())
+
+
+@pytest.mark.parametrize("line", ["{}", "ledger: sqlite:///own.db"])
+def test_a_ledger_lies_in_its_project_whatever_that_folder_s_name_is(tmp_path: Path, line: str):
+    root = tmp_path / "50%41 why? #1 \u00fc 'q'"
+    root.mkdir()
+    (root / "shipworthy.yaml").write_text(line + "\n")
+    project = load_project(root)
+    prepare_state(project)
+    file = root / "own.db" if "own" in line else project.state / "ledger.db"
+    assert database_at(project.ledger_url).name == str(file)
+    assert file.is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [root.name]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ from shipworthy.app.session import Session, new_id
 from shipworthy.domain.audit import AuditHead
 from shipworthy.errors import Conflict, IntegrityError, NotFound, Unavailable
 from shipworthy.ports import Progress
-from shipworthy.settings import FILE, Project
+from shipworthy.settings import FILE, Project, sqlite_url
 from shipworthy.stores.archive import Contents, Source, open_archive, write_archive
 from shipworthy.stores.files import locked, workspace
 from shipworthy.stores.lake.inventory import current_files
@@ -119,7 +119,7 @@ def create_backup(session: Session, target: Path, progress: Progressing) -> Back
             # First, so that the backup holds it and everybody can see who has a copy of it all.
             tx.audit.append(at=now, actor=actor, act="backup", subject=id)
         with _at_rest(project) as since:
-            audit = copy_ledger(project.ledger_url, f"sqlite:///{staging / LEDGER}")
+            audit = copy_ledger(project.ledger_url, sqlite_url(staging / LEDGER))
             sources = _stage(project, staging)
             at, paused = session.clock(), time.monotonic() - since
         sources += _blobs(project)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 from shipworthy.app.backing_up import (
     JOURNALS,
@@ -35,7 +36,7 @@ from shipworthy.app.founding import ignore_state
 from shipworthy.app.session import Session
 from shipworthy.errors import Conflict, LedgerUnavailable, Unavailable, UsageError
 from shipworthy.protocols.documents import read_document
-from shipworthy.settings import FILE, STATE, Project, Settings
+from shipworthy.settings import FILE, STATE, Project, Settings, sqlite_url
 from shipworthy.stores.archive import Archive, open_archive
 from shipworthy.stores.blobs import LocalBlobs
 from shipworthy.stores.files import replace_file, workspace
@@ -174,12 +175,12 @@ def _check_places(project: Project, *, named: bool) -> None:
 
 def _sqlite_file(project: Project) -> Path | None:
     scheme, _, path = project.ledger_url.partition(":///")
-    return Path(path).resolve() if scheme.startswith("sqlite") else None
+    return Path(unquote(path)).resolve() if scheme.startswith("sqlite") else None
 
 
 def _bring_up_to_date(project: Project, state: Path, backup: str) -> None:
     """Upgrade the ledger, and let its log tell of this."""
-    url = f"sqlite:///{state / LEDGER}"
+    url = sqlite_url(state / LEDGER)
     migrate(url)
     with open_ledger(url) as ledger:
         session = Session(project, ledger, LocalBlobs(project.blobs), time.time)
@@ -208,8 +209,8 @@ def _place_ledger(project: Project, state: Path) -> None:
     if file is not None and file.is_relative_to(project.state):
         if file == project.state / LEDGER:
             return
-        url = f"sqlite:///{state / file.relative_to(project.state)}"
-    copy_ledger(f"sqlite:///{state / LEDGER}", url)
+        url = sqlite_url(state / file.relative_to(project.state))
+    copy_ledger(sqlite_url(state / LEDGER), url)
     for path in state.glob(f"{LEDGER}*"):  # with what SQLite keeps beside it
         path.unlink()
 
