@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import msgspec
 from aftermath import Acknowledged, Problem, examine, left_running
@@ -67,8 +68,7 @@ async def storm(
     tormentor = Tormentor(town, random.Random(rng.random()), database)
     await town.start()
     try:
-        if not await town.promote(1, bad=False):
-            raise RuntimeError(f"the first release did not start; see {town.root}/commands.log")
+        await promoter.begin(ahead=kills // 20)
         began = time.monotonic()
         at_work = [asyncio.create_task(load.run())]
         await _answering(load)
@@ -171,8 +171,11 @@ def report_on(outcome: Outcome, report: Report) -> None:
         "user_errors_5xx": seen["5xx"],
         "user_errors_late": seen["late"],
         "settle_seconds": outcome.settled,
+        "takeover_seconds_median": median(outcome.takeovers) if outcome.takeovers else None,
         "takeover_seconds_longest": max(outcome.takeovers, default=None),
     }
+    for target, count in sorted(Counter(blow.target for blow in outcome.blows).items()):
+        figures[f"kills_{target.replace(' ', '_')}"] = count
     for status, count in sorted(outcome.rollouts.items()):
         figures[f"rollouts_{status}"] = count
     for name, value in figures.items():

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -183,25 +184,27 @@ class Town:
         (folder / "release.yaml").write_text(json.dumps(content))
         return str(folder / "release.yaml")
 
-    async def promote(self, version: int, *, bad: bool) -> bool:
-        """Take a new release to the door of production; whether it got in there."""
+    async def create(self, version: int, *, bad: bool) -> bool:
+        """Register a new release; whether that went well."""
         file = await asyncio.to_thread(self.write_release, version, bad=bad)
+        return await self._insist("release", "create", "-f", file)
+
+    async def promote(self, version: int) -> bool:
+        """Take a registered release to the door of production; whether it got in there."""
         name = f"digits@{version}"
-        steps: tuple[tuple[tuple[str, ...], str | None], ...] = (
-            (("release", "create", "-f", file), None),
-            (("promote", name, "--to", "staging"), None),
-            (("approve", name), "bob"),
-            (("promote", name, "--to", "production"), None),
+        return (
+            await self._insist("promote", name, "--to", "staging")
+            and await self._insist("approve", name, key="bob")
+            and await self._insist("promote", name, "--to", "production")
         )
-        for words, key in steps:
-            for _ in range(4):  # what people do when a keeper or a database was just away
-                code = await self.sw(*words, key=key)
-                if code == 0:
-                    break
-                await asyncio.sleep(1.0)
-            else:
-                return False
-        return True
+
+    async def _insist(self, *words: str, key: str | None = None) -> bool:
+        """Try again, as people do when a keeper or a database was just away."""
+        for _ in range(4):
+            if await self.sw(*words, key=key) == 0:
+                return True
+            await asyncio.sleep(1.0)
+        return False
 
     def rollout(self) -> RolloutState | None:
         """The newest one; None while the ledger can't be reached."""
@@ -250,18 +253,31 @@ class Promoter:
 
     def __init__(self, town: Town, rng: random.Random) -> None:
         self._town, self._rng = town, rng
-        self._version = 1
+        self._registered = self._promoted = 0
+
+    async def begin(self, ahead: int) -> None:
+        """Bring the first release to production, and register some more."""
+        if not (await self._register(bad=False) and await self._town.promote(1)):
+            raise RuntimeError(f"the first release did not start; see {self._town.root}")
+        self._promoted = 1
+        for _ in range(ahead):
+            await self._register(bad=self._rng.random() < 0.4)
 
     async def run(self) -> None:
         """Go on until cancelled."""
         while True:
-            self._version += 1
-            got_in = await self._town.promote(self._version, bad=self._rng.random() < 0.4)
-            if got_in:
+            self._promoted += 1
+            if self._promoted > self._registered:
+                await self._register(bad=self._rng.random() < 0.4)
+            if await self._town.promote(self._promoted):
                 await self._follow()
             if self._rng.random() < 0.2:
                 await self._town.sw("rollback", "digits", "-m", "practice")
             await asyncio.sleep(self._rng.uniform(0.0, 2.0))
+
+    async def _register(self, *, bad: bool) -> bool:
+        self._registered += 1
+        return await self._town.create(self._registered, bad=bad)
 
     async def _follow(self) -> None:
         """Wait for the rollout's end, and meddle now and then."""
@@ -444,7 +460,7 @@ _WEIGHTS = {
     "lake writer": 5,
     "model server": 3,
     "model host": 3,
-    "up": 2,
+    "up": 1,
     "database": 3,
 }
 
@@ -470,9 +486,8 @@ class Tormentor:
             while len(self.blows) < kills:
                 await asyncio.sleep(self.rng.uniform(0.2, 3.0))
                 blow = await self._strike(self._choose())
-                if blow is not None:
-                    self.blows.append(blow)
-                    told(blow)
+                self.blows.append(blow)
+                told(blow)
         finally:
             for pid in list(self._stopped):
                 self._go_on(pid)
@@ -484,7 +499,7 @@ class Tormentor:
             del weights["database"]
         return self.rng.choices(list(weights), list(weights.values()))[0]
 
-    async def _strike(self, target: str) -> Blow | None:
+    async def _strike(self, target: str) -> Blow:
         if target == "up":
             return await self._strike_up()
         if target == "database":
@@ -492,20 +507,26 @@ class Tormentor:
         halt = self.rng.random() < 0.35
         seconds = self.rng.uniform(0.1, 8.0)
         turn = self.rng.random()
-        term = await asyncio.to_thread(self.town.term) if target in _KEEPERS else None
-        pid = self._find(target, turn, term)
-        if pid is None:
-            return None  # it is being started
-        try:
+        pid, term = await self._wait_for(target, turn)
+        with contextlib.suppress(ProcessLookupError):  # it was quicker
             os.kill(pid, signal.SIGSTOP if halt else signal.SIGKILL)
-        except ProcessLookupError:
-            return None
         if halt:
             self._stopped.add(pid)
             self._later(self._resume(pid, seconds))
         elif term is not None and target == "keeper":
             self._later(self._watch_takeover(term.number))
         return self._blow(target, f"SIGSTOP for {seconds:.1f} s" if halt else "SIGKILL", pid)
+
+    async def _wait_for(self, target: str, turn: float) -> tuple[int, Term | None]:
+        """A process of that kind, once there is one; what never comes back is a fault."""
+        deadline = time.monotonic() + UP_SECONDS
+        while time.monotonic() < deadline:
+            term = await asyncio.to_thread(self.town.term) if target in _KEEPERS else None
+            pid = self._find(target, turn, term)
+            if pid is not None:
+                return pid, term
+            await asyncio.sleep(0.1)
+        raise TimeoutError(f"no {target} came back within {UP_SECONDS:.0f} s")
 
     async def _strike_up(self) -> Blow:
         number = self.rng.choice((signal.SIGTERM, signal.SIGKILL))
@@ -534,8 +555,10 @@ class Tormentor:
         module = _MODULES[target]
         pids = sorted(pid for pid, words in processes(self.town.root) if module in words)
         if target in _KEEPERS:  # both run the same; whoever is in office bears its process's id
-            active = term.holder.partition("-")[0] if term else ""
-            pids = [pid for pid in pids if (str(pid) == active) == (target == "keeper")]
+            named = re.search(r"(\d+)-\w+$", term.holder) if term and term.until else None
+            if named is None:
+                return None
+            pids = [pid for pid in pids if (str(pid) == named[1]) == (target == "keeper")]
         return pids[int(turn * len(pids))] if pids else None
 
     def _blow(self, target: str, what: str, pid: int | None = None) -> Blow:

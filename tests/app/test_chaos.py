@@ -54,6 +54,10 @@ def survived(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # This seed strikes every kind of process within a few seconds, and `up` last of all.
     told = storm(folder, 9, "--seed", "19176", "--rate", "40", seconds=270)
     assert told["acknowledged"] > 100
+    struck = {name.removeprefix("kills_") for name in told if name.startswith("kills_")}
+    assert struck == {
+        *("gateway", "keeper", "standby", "lake_writer", "model_server", "model_host", "up")
+    }
     return folder
 
 
