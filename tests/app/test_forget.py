@@ -111,6 +111,17 @@ def test_it_shows_without_forgetting(town: Town, session: Session, held: str) ->
         assert tx.tombstones.after(0) == []
 
 
+def test_a_lake_that_cant_be_read_keeps_nobody_from_being_forgotten(
+    town: Town, session: Session, held: str
+) -> None:
+    for log in (session.project.lake / "feedback" / "_delta_log").glob("*.json"):
+        log.write_text("damaged")
+    assert "can't be told now" in town.sw("forget", "u", "--yes")
+    assert town.run("forget", "u", "--show").code == 3
+    with session.ledger.read() as tx:
+        assert [each.unit for each in tx.tombstones.after(0)] == [held]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

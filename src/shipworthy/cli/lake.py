@@ -23,7 +23,8 @@ from shipworthy.app.session import open_session
 from shipworthy.app.status import is_running
 from shipworthy.cli.output import err, say, say_table, waiting
 from shipworthy.domain.policy import read_duration
-from shipworthy.errors import UsageError
+from shipworthy.errors import Unavailable, UsageError
+from shipworthy.settings import Project
 from shipworthy.stores.lake.formats import PLAN_COLUMNS
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[KMGT]i?)B?", re.IGNORECASE)
@@ -182,13 +183,13 @@ def forget(
     project, patience = session.project, read_duration(wait)
     actor = session.actor()
     name = check_pseudonym(unit) if pseudonym else pseudonym_of(project, unit)
-    with waiting("looking what there is of it"):
-        held = held_of(project, name, _COUNT_SECONDS)
-    found = f"{_many(held.inferences, 'inference')} and {held.feedback:,} feedback"
     if show:
-        say(f"It is called {name} in the lake, which holds {found} of it.")
+        say(f"It is called {name} in the lake, which holds {_held(project, name)} of it.")
         return
-    say(f"The lake holds {found} of this unit.")
+    try:
+        say(f"The lake holds {_held(project, name)} of this unit.")
+    except Unavailable as error:  # it can be forgotten all the same
+        say(f"What the lake holds of this unit can't be told now: {error}.")
     if not yes and not _agreed():
         say("Nothing is forgotten.")
         raise typer.Exit(1)
@@ -203,6 +204,12 @@ def forget(
         say("It is deleted from the lake; the files that it was in go some minutes later.")
     else:
         say("The lake's writer has yet to delete it, and will; 'shipworthy status' tells its lag.")
+
+
+def _held(project: Project, name: str) -> str:
+    with waiting("looking what there is of it"):
+        held = held_of(project, name, _COUNT_SECONDS)
+    return f"{_many(held.inferences, 'inference')} and {held.feedback:,} feedback"
 
 
 def _agreed() -> bool:

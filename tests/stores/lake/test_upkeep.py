@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from datetime import date
@@ -305,6 +306,27 @@ class TestSpace:
         compact_all(lake)
         assert lake.query("SELECT sum(requests) FROM minutes") == [(3,)]
         assert len(lake.table("minutes").file_uris()) == 1
+
+    def test_whatever_a_table_refers_to_is_on_the_disk(
+        self, lake: Lake, inference: Inference, monkeypatch: pytest.MonkeyPatch
+    ):
+        synced, sync = set[Path](), os.fsync
+
+        def fsync(descriptor: int) -> None:
+            synced.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        for number in range(60):
+            lake.append(inference(number))
+            lake.writer.cycle()
+        compact_all(lake)
+        for table in ("inferences", "minutes"):
+            log = lake.folder / table / "_delta_log"
+            assert {path for path in log.iterdir() if path.is_file()} <= synced
+            files = {Path(file) for file in lake.table(table).file_uris()}
+            assert files | {log, *(file.parent for file in files), log.parent} <= synced
+            assert any("checkpoint" in path.name for path in synced if path.parent == log)
 
     def test_today_is_merged_now_and_then(
         self, lake: Lake, inference: Inference, monkeypatch: pytest.MonkeyPatch

@@ -34,6 +34,7 @@ from shipworthy.domain.erasure import Tombstone
 from shipworthy.errors import Unavailable
 from shipworthy.stores.lake.folding import folded
 from shipworthy.stores.lake.inventory import literal_glob
+from shipworthy.stores.lake.lasting import sync_commits
 from shipworthy.stores.lake.schema import FEEDBACK, INFERENCES, MINUTES, Table
 
 TARGET_BYTES = 128 * 1024 * 1024
@@ -77,7 +78,8 @@ class LakeTable:
         self._versions_before: list[tuple[float, int]] = []  # before files were replaced, and when
         with self._explained():
             self._delta = self._open()
-            self._adapt()
+            with self._lasting():
+                self._adapt()
         known = {column.name for column in table.columns}
         self._has_more = any(field.name not in known for field in self._delta.schema().fields)
         self._writing = _writer_properties(table)
@@ -88,8 +90,8 @@ class LakeTable:
             return self._delta.transaction_version(writer)
 
     def append(self, rows: RecordBatch, writer: str, number: int) -> None:
-        """Commit rows as the writer's transaction of that number."""
-        with self._explained():
+        """Commit rows as the writer's transaction of that number, on the disk."""
+        with self._explained(), self._lasting():
             write_deltalake(
                 self._delta,
                 rows,
@@ -196,7 +198,7 @@ class LakeTable:
 
     def sweep(self) -> None:
         """Remove what no version of the last hour refers to."""
-        with self._explained():
+        with self._explained(), self._lasting():
             self._delta.vacuum(dry_run=False, full=True, commit_properties=_committing())
 
     def purge(self, now: float, grace: float) -> bool:
@@ -206,7 +208,7 @@ class LakeTable:
         none.
         """
         recent = [number for at, number in self._versions_before if now - grace < at <= now]
-        with self._explained():
+        with self._explained(), self._lasting():
             self._delta.vacuum(
                 0,
                 dry_run=False,
@@ -221,9 +223,17 @@ class LakeTable:
     @contextmanager
     def _replacing(self, now: float) -> Generator[None]:
         before = self._delta.version()
-        yield
+        with self._lasting():
+            yield
         if self._delta.version() != before:
             self._versions_before.append((now, before))
+
+    @contextmanager
+    def _lasting(self) -> Generator[None]:
+        """Have on the disk what is committed meanwhile."""
+        before = self._delta.version()
+        yield
+        sync_commits(self._place, before + 1, self._delta.version())
 
     # --- opening ------------------------------------------------------------------------------
 
@@ -237,13 +247,15 @@ class LakeTable:
         if DeltaTable.is_deltatable(str(self._place)):
             return DeltaTable(self._place)
         fields = [Field(each.name, PrimitiveType(each.type)) for each in self.table.columns]
-        return DeltaTable.create(
+        made = DeltaTable.create(
             self._place,
             Schema(fields),
             mode="ignore",
             partition_by=["day"] if self.table.by_day else None,
             configuration={**_PROPERTIES, _STATISTICS: ",".join(_counted(self.table))},
         )
+        sync_commits(self._place, 0, made.version())
+        return made
 
     def _adapt(self) -> None:
         """Bring a table that an earlier version made up to this one."""
