@@ -49,6 +49,8 @@ def test_from_registration_to_production_and_a_second_release_by_canary(town: To
 
 
 def test_it_serves_without_keeper_and_ledger_also_after_a_restart(town: Town) -> None:
+    settings = town.root / "shipworthy.yaml"  # a standby would have the moved ledger open still
+    settings.write_text(settings.read_text() + "keeper: {standby: false}\n")
     town.start()
     town.to_production("first", 1)
     town.to_production("second", 2)
