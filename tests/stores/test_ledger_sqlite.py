@@ -136,6 +136,34 @@ def fill(tx: SqlTransaction) -> None:
 
 
 class TestFailures:
+    def test_a_file_that_is_moved_away_is_written_no_more(self, ledger_url: str):
+        file, away = file_of(ledger_url), file_of(ledger_url).with_name("away.db")
+        with open_ledger(ledger_url) as ledger:
+            with ledger.write() as tx:
+                tx.terms.put(Term(number=1))
+            file.rename(away)
+            for act in (ledger.read, ledger.write):
+                with pytest.raises(LedgerUnavailable, match="can't be opened"), act():
+                    pass
+            away.rename(file)
+            with ledger.write() as tx:
+                assert tx.terms.current().number == 1
+
+    def test_a_file_that_is_put_in_place_of_another_is_the_one_that_counts(
+        self, ledger_url: str, tmp_path: Path
+    ):
+        other = f"sqlite:///{tmp_path / 'other.db'}"
+        migrate(other)
+        with open_ledger(other) as ledger, ledger.write() as tx:
+            tx.terms.put(Term(number=9))
+        with open_ledger(ledger_url) as ledger:
+            with ledger.read() as tx:
+                assert tx.terms.current().number == 0
+            file_of(other).replace(file_of(ledger_url))
+            for act in (ledger.read, ledger.write):
+                with act() as tx:
+                    assert tx.terms.current().number == 9
+
     def test_locked_by_another_process(self, ledger: SqlLedger, ledger_url: str):
         with closing(sqlite3.connect(file_of(ledger_url))) as other:
             other.execute("BEGIN IMMEDIATE")

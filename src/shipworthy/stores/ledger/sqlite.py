@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, Table, create_engine, event
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from shipworthy.errors import Conflict, LedgerUnavailable, ShipworthyError, UsageError
 
@@ -148,6 +149,16 @@ def _engine(
     def start(connection: Connection) -> None:
         connection.exec_driver_sql(begin)
 
+    def note_file(_: object, record: ConnectionPoolEntry) -> None:
+        record.info["file"] = _identity(file)
+
+    def check_file(_: object, record: ConnectionPoolEntry, __: object) -> None:
+        # A file that was moved away still takes writes, which nobody would see again.
+        if record.info["file"] != _identity(file):
+            raise DisconnectionError
+
+    event.listen(engine, "connect", note_file)
+    event.listen(engine, "checkout", check_file)
     event.listen(engine, "begin", start)
     event.listen(engine, "handle_error", _error_handler(file))
     return engine
@@ -173,6 +184,14 @@ def _connect(
         connection.close()
         raise
     return connection
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _error_handler(file: Path) -> Callable[[ExceptionContext], None]:
