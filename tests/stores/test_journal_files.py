@@ -274,7 +274,7 @@ class TestReader:
             "writer = JournalWriter(Path(sys.argv[1]), 'w0', 10**9)\n"
             "fields = dict(at=1.0, inference='i', key='k', kind='rating', name='n', value=1.0)\n"
             "for number in range(3): writer.append(FeedbackRecord(id=str(number), **fields))\n"
-            "os.write(writer._descriptor, writer._buffer[:20])\n"
+            "os.write(writer._descriptor, writer._marker + b'\\xff' + bytes(15))\n"
             "os.kill(os.getpid(), signal.SIGKILL)\n"
         )
         subprocess.run([sys.executable, "-c", script, str(journal_folder)], check=False)

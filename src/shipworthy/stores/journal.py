@@ -97,7 +97,6 @@ class JournalWriter:
         self._max_bytes = max_bytes
         self._segment_bytes = min(segment_bytes, max_bytes // _LEAST_SEGMENTS)
         self._encoder = msgspec.msgpack.Encoder()
-        self._buffer = bytearray()
         self._created = 0
         self._descriptor = -1
         self._marker = b""
@@ -110,25 +109,23 @@ class JournalWriter:
 
     def append(self, record: Record) -> bool:
         """Whether the record is written (`write(2)` returned); False when it was dropped."""
-        buffer = self._buffer
         try:
-            self._encoder.encode_into(record, buffer, _FRAME.size)
+            payload = self._encoder.encode(record)
         except _UNENCODABLE:
             return self._drop("invalid")
-        total = len(buffer)
-        if total > MAX_RECORD + _FRAME.size:
-            self._buffer = bytearray()
+        length = len(payload)
+        if length > MAX_RECORD:
             return self._drop("too large")
+        total = _FRAME.size + length
         if total > self._room and (reason := self._look_for_room(total)):
             return self._drop(reason)
         if self._descriptor < 0 or self._size + total > self._segment_bytes or self._is_old():
             self._begin()
             if self._descriptor < 0:
                 return self._drop("disk")
-        with memoryview(buffer) as view:
-            checksum = zlib.crc32(view[_FRAME.size :], self._seed)
-        _FRAME.pack_into(buffer, 0, self._marker, total - _FRAME.size, checksum)
-        return self._write(buffer, total)
+        # One copy of the payload costs less than views of a buffer that is kept.
+        header = _FRAME.pack(self._marker, length, zlib.crc32(payload, self._seed))
+        return self._write(header + payload, total)
 
     def close(self) -> None:
         """End the segment; what is appended later begins another one."""
@@ -144,9 +141,9 @@ class JournalWriter:
     def _is_old(self) -> bool:
         return time.monotonic() - self._begun > SEGMENT_SECONDS
 
-    def _write(self, buffer: bytearray, total: int) -> bool:
+    def _write(self, frame: bytes, total: int) -> bool:
         try:
-            written = os.write(self._descriptor, buffer)
+            written = os.write(self._descriptor, frame)
         except OSError:
             written = -1
         if written == total:
