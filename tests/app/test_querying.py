@@ -80,6 +80,11 @@ def test_a_table_is_for_people(here: Town) -> None:
     assert lines[:2] == [["id", "request", "many"], ["i0", "500", "bytes", "[1]"]]
 
 
+def test_the_ledger_is_not_needed(here: Town) -> None:
+    (here.root / ".shipworthy" / "ledger.db").rename(here.root / "away.db")
+    assert "2" in here.sw("query", "SELECT 1 + 1 AS two")
+
+
 def test_json_and_csv_go_to_the_screen_and_into_files(here: Town) -> None:
     sql = "SELECT id, time FROM inferences ORDER BY id"
     shown = here.sw("query", sql, "--format", "json")

@@ -85,12 +85,17 @@ def _suggest(reference: ReleaseReference, known: list[str]) -> str:
     return "register it with 'shipworthy release create -f release.yaml'"
 
 
+def start_here() -> Path:
+    """Where a command looks for its project: SHIPWORTHY_PROJECT, else the working folder."""
+    return Path(os.environ.get(PROJECT_VARIABLE) or ".")
+
+
 def open_session(start: Path | None = None, *, prepare: bool = False) -> Session:
     """Open the project around `start` (default: SHIPWORTHY_PROJECT, else the working folder).
 
     With `prepare` the ledger is made or brought to this version first.
     """
-    project = find_project(start or Path(os.environ.get(PROJECT_VARIABLE) or "."))
+    project = find_project(start or start_here())
     if prepare:
         prepare_state(project)
     return Session(project, open_ledger(project.ledger_url), LocalBlobs(project.blobs), time.time)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from shipworthy.app.doctor import Verdict, case_of, examine, exit_code
-from shipworthy.app.session import PROJECT_VARIABLE
+from shipworthy.app.session import start_here
 from shipworthy.cli.output import byte_progress, say, say_json, say_table, styled
 
 
@@ -29,7 +27,7 @@ def doctor(
 
     Example: shipworthy doctor --deep
     """
-    case = case_of(Path(os.environ.get(PROJECT_VARIABLE) or "."), deep=deep, progress=byte_progress)
+    case = case_of(start_here(), deep=deep, progress=byte_progress)
     results = examine(case)
     if json:
         say_json(results)

@@ -19,12 +19,12 @@ from shipworthy.app.erasing import (
     wait_until_erased,
 )
 from shipworthy.app.querying import Format, Question, ask_lake, new_file
-from shipworthy.app.session import open_session
+from shipworthy.app.session import open_session, start_here
 from shipworthy.app.status import is_running
 from shipworthy.cli.output import err, say, say_table, waiting
 from shipworthy.domain.policy import read_duration
 from shipworthy.errors import Unavailable, UsageError
-from shipworthy.settings import Project
+from shipworthy.settings import Project, find_project
 from shipworthy.stores.lake.formats import PLAN_COLUMNS
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[KMGT]i?)B?", re.IGNORECASE)
@@ -69,7 +69,7 @@ def query(
     if limit is None and output is None and shape in (_TABLE, "json"):
         limit = _SHOWN_ROWS
     question = Question(
-        lake=str(open_session().project.lake),
+        lake=str(find_project(start_here()).lake),  # the ledger may be away
         sql=_read_sql() if sql == "-" else sql,
         format="cells" if shape == _TABLE else cast("Format", shape),
         memory=read_size(memory),
