@@ -161,7 +161,7 @@ def test_a_keeper_stopped_between_commit_and_publication_can_undo_nothing(town: 
     try:
         wait_for(lambda: fence(town))
         for _ in range(3):
-            paused = int(term(town).holder.split("-")[0])
+            paused = int(term(town).holder.rpartition("#")[2].split("-")[0])
             before = fence(town)
             armed.touch()
             wait_for(lambda paused=paused: stopped(paused) and not armed.exists())
