@@ -727,10 +727,11 @@ def test_every_examination_survives_garbage(
     write_journal(root)
     publish(root)
     condition(root)
-    for name in ("gateway.json", "processes.json", "lake-writer.json", "lake.lock"):
+    for name in ("gateway.json", "processes.json", "lake.lock"):
         (state / name).write_bytes(b"{}")
     (state / "blobs").mkdir(exist_ok=True)
     (state / "lake" / "inferences").mkdir(parents=True)
+    (state / "lake" / "writer.json").write_bytes(b"{}")
     names = sorted(path.name for path in state.iterdir())
 
     def all_are_looked_at() -> None:
