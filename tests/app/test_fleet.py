@@ -25,25 +25,28 @@ DIGEST = "sha256:" + "a" * 64
 
 @dataclass
 class Replica:
-    """One that never answers, for a reason."""
+    """One that does not answer, for a reason; until it is given an address."""
 
-    problem: str
-    url: None = None
+    problem: str | None
+    url: str | None = None
     doing: str = ""
 
     async def stop(self, grace: float) -> None:
         pass
 
     def last_lines(self, count: int = 20) -> list[str]:
-        return [self.problem][:count]
+        return [self.problem or ""][:count]
 
 
 @dataclass
 class Runtime:
-    problem: str
+    problem: str | None
+
+    def __post_init__(self) -> None:
+        self.replica = Replica(self.problem)
 
     async def start(self, release: Release, deployment: Deployment) -> Iterable[RunningReplica]:
-        return [Replica(self.problem)]
+        return [self.replica]
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -108,3 +111,19 @@ def test_last_words_that_no_database_takes_are_told_without_what_it_refuses(
     fleet = Fleet(ledger, Runtime("it said: \0\x1b[31mno \ud800\n\u00fcber"), bool)
     deployment = asyncio.run(told(ledger, fleet, DeploymentState.FAILED))
     assert deployment.message == "it said: \ufffd\ufffd[31mno \ufffd\n\u00fcber"
+
+
+def test_one_that_has_answered_and_does_not_for_now_is_told_from_one_that_never_has(
+    ledger: SqlLedger,
+) -> None:
+    async def life() -> None:
+        runtime = Runtime(None)
+        fleet = Fleet(ledger, runtime, bool)
+        await told(ledger, fleet, DeploymentState.STARTING)
+        runtime.replica.url = "http://127.0.0.1:9"
+        await told(ledger, fleet, DeploymentState.READY)
+        runtime.replica.url = None
+        assert (await told(ledger, fleet, DeploymentState.RESTARTING)).endpoints == ()
+        await told(ledger, Fleet(ledger, Runtime(None), bool), DeploymentState.STARTING)
+
+    asyncio.run(life())

@@ -10,6 +10,7 @@ from shipworthy.domain.audit import verify
 from shipworthy.domain.findings import Verdict
 from shipworthy.domain.lifecycle import DeploymentState, IntentKind, IntentStatus
 from shipworthy.domain.names import ReleaseReference, Stage
+from shipworthy.domain.plan import Plan
 from shipworthy.domain.rollout import RolloutStatus
 from shipworthy.rollout.keeper import LEASE_SECONDS
 
@@ -264,6 +265,40 @@ def test_a_plan_keeps_its_last_known_endpoints_while_a_replica_restarts(world: W
     world.report()
     world.tick()
     assert world.plan().stable.endpoints == before.stable.endpoints
+
+
+def test_a_candidate_gets_no_traffic_until_a_machine_started_anew_has_it_running(
+    world: World,
+) -> None:
+    world.apply()
+    world.to_production(world.register(1))
+    world.to_production(world.register(2))
+    exposed = world.plan()
+    assert exposed.candidate is not None
+    [candidate] = [
+        deployment
+        for deployment in world.deployments()
+        if deployment.stage is Stage.PRODUCTION and deployment.release == world.rollout().candidate
+    ]
+
+    def reported(state: DeploymentState) -> Plan:
+        with world.ledger.write() as tx:
+            tx.deployments.put(msgspec.structs.replace(candidate, state=state, endpoints=()))
+        world.tick()
+        return world.plan()
+
+    assert reported(DeploymentState.RESTARTING) == exposed  # it died: what fails now is its own
+    parked = reported(DeploymentState.STARTING)
+    assert (parked.candidate, parked.weight, parked.rollout) == (None, 0, "")
+    world.report()
+    world.tick()
+    back = world.plan()
+    assert (back.candidate, back.weight, back.rollout) == (
+        exposed.candidate,
+        exposed.weight,
+        exposed.rollout,
+    )
+    assert back.revision > parked.revision > exposed.revision
 
 
 def test_keys_reach_the_snapshot_and_leave_it_when_revoked(world: World) -> None:

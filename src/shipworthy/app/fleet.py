@@ -32,6 +32,7 @@ class _Running:
     starting: asyncio.Task[list[RunningReplica]]
     replicas: list[RunningReplica] = field(default_factory=list[RunningReplica])
     problem: str = ""
+    answered: bool = False
 
     def report(self) -> tuple[DeploymentState, tuple[str, ...], str]:
         """State, addresses that answer, and what is wrong if anything."""
@@ -40,11 +41,12 @@ class _Running:
             self.problem or next((one.problem for one in self.replicas if one.problem), "")
         )
         if urls:
+            self.answered = True
             return DeploymentState.READY, urls, problem
         if problem:
             return DeploymentState.FAILED, (), problem
         doing = _clean(next((replica.doing for replica in self.replicas), ""))
-        return DeploymentState.STARTING, (), doing
+        return DeploymentState.RESTARTING if self.answered else DeploymentState.STARTING, (), doing
 
 
 @dataclass(slots=True)

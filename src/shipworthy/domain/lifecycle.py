@@ -97,10 +97,11 @@ class Waiver(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeploymentState(StrEnum):
-    """How far a deployment is."""
+    """How far a deployment is; `restarting` is one that has answered and does not for now."""
 
     STARTING = "starting"
     READY = "ready"
+    RESTARTING = "restarting"
     FAILED = "failed"
     STOPPED = "stopped"
 

@@ -6,7 +6,13 @@ from contextlib import suppress
 
 import msgspec
 
-from shipworthy.domain.lifecycle import Deployment, Release, StageEntry, manifest_of
+from shipworthy.domain.lifecycle import (
+    Deployment,
+    DeploymentState,
+    Release,
+    StageEntry,
+    manifest_of,
+)
 from shipworthy.domain.manifest import EndpointServing
 from shipworthy.domain.names import Stage, plan_name
 from shipworthy.domain.plan import Arm, Capture, Deadlines, Endpoint, Plan
@@ -47,7 +53,7 @@ def _plan(
     if stable is None:
         return before
     candidate = None
-    if rollout is not None and rollout.status.exposed:
+    if rollout is not None and rollout.status.exposed and not _starting(turn, rollout):
         candidate = _arm(turn, holder.stage, holder.model, rollout.candidate, before)
     conduct = policy or Policy(model=holder.model)
     return Plan(
@@ -68,6 +74,16 @@ def _plan(
         capture=Capture(payloads=conduct.capture.payloads, max_bytes=conduct.capture.max_bytes),
         fallback_message=conduct.fallback_message,
     )
+
+
+def _starting(turn: Turn, rollout: RolloutState) -> bool:
+    """Whether the candidate has yet to come up on a machine that was started anew.
+
+    Calling it would charge it with what the machine did. One that dies on its own is `restarting`:
+    it keeps its share, and what fails there counts.
+    """
+    deployment = turn.deployment(rollout.model, Stage.PRODUCTION, rollout.candidate)
+    return deployment is not None and deployment.state is DeploymentState.STARTING
 
 
 def _arm(turn: Turn, stage: Stage, model: str, digest: str, before: Plan | None) -> Arm | None:
