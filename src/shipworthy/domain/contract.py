@@ -14,6 +14,10 @@ Datatype = Literal[
     "FP16", "FP32", "FP64", "BYTES",
 ]  # fmt: skip
 SideEffects = Literal["none", "unknown"]
+Protocol = Literal["oip-v2", "mlflow", "openai"]
+"""What a release's servers speak. `oip-v2` and `mlflow` are translated into one another."""
+Operation = Literal["chat", "completions", "embeddings"]
+OPERATIONS: tuple[Operation, ...] = ("chat", "completions", "embeddings")
 
 ANY = -1
 """A dimension of any size, as OIP writes it."""
@@ -42,14 +46,23 @@ class Contract:
 
     `side_effects: none` says that asking twice changes nothing in the world: only then may the
     gateway retry or mirror a request.
+
+    With tensor protocols `inputs` and `outputs` are checked. With `openai` there are none: its
+    `operations` say what may be asked; none named means all of them.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    protocol: Literal["oip-v2"] = "oip-v2"
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    protocol: Protocol = "oip-v2"
     side_effects: SideEffects = "unknown"
+    operations: tuple[Operation, ...] = ()
+
+    @property
+    def tensors(self) -> bool:
+        """Whether requests and answers are named tensors."""
+        return self.protocol != "openai"
 
 
 def incompatibilities(new: Contract, serving: Contract) -> list[str]:
@@ -58,8 +71,13 @@ def incompatibilities(new: Contract, serving: Contract) -> list[str]:
     The new contract must accept all that the serving one accepts and return all that it returned.
     """
     problems: list[str] = []
-    if new.protocol != serving.protocol:
+    if new.tensors != serving.tensors:
         problems.append(f"protocol changes from {serving.protocol} to {new.protocol}")
+    problems += [
+        f"operation {operation!r} is no longer accepted"
+        for operation in serving.operations or (OPERATIONS if new.operations else ())
+        if new.operations and operation not in new.operations
+    ]
     accepted = {tensor.name: tensor for tensor in new.inputs}
     sent = {tensor.name: tensor for tensor in serving.inputs}
     returned = {tensor.name: tensor for tensor in new.outputs}

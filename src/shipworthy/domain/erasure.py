@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from shipworthy.domain.records import InferenceRecord, Record
+from shipworthy.domain.records import FeedbackRecord, Record
 
 
 class Tombstone(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,5 +32,5 @@ def is_forgotten(record: Record, forgotten: Mapping[str, float]) -> bool:
     until = forgotten.get(record.unit)
     if until is None:
         return False
-    about = record.at if isinstance(record, InferenceRecord) else record.asked_at
+    about = record.asked_at if isinstance(record, FeedbackRecord) else record.at
     return about is None or about <= until

@@ -153,6 +153,24 @@ class InferenceSpec(Document):
     sampling: dict[str, Scalar] = Field(default_factory=dict)
 
 
+class BehaviourSpec(Document):
+    """What a release adds to each request for a language model: it may differ in nothing else.
+
+    `system` is the prompt put before the client's messages, `chat_template` is passed to servers
+    that take one, `tools` are offered unless the client brings its own. Sampling is in
+    `inference.sampling`; with `pin_sampling` it replaces what the client sends, else it fills in
+    what the client leaves out. `retrieval_index` and `output_guard` are pinned by digest.
+    """
+
+    system: str | None = None
+    chat_template: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str | dict[str, Any] | None = None
+    pin_sampling: bool = False
+    retrieval_index: Digest | None = None
+    output_guard: Digest | None = None
+
+
 class Resources(Document):
     """What one replica needs."""
 
@@ -176,16 +194,23 @@ class Replicas(Document):
 
 
 class ProcessServing(Document):
-    """Replicas that Shipworthy starts as local processes."""
+    """Replicas that Shipworthy starts as local processes.
+
+    `concurrency` is how many calls each may be answering at once.
+    """
 
     runtime: Literal["process"] = "process"
     command: str = "shipworthy serve {release}"
     resources: Resources = Resources()
     replicas: Replicas = Replicas()
+    concurrency: PositiveInt | None = None
 
 
 class EndpointServing(Document):
-    """A server elsewhere; `credential` refers to a secret (`env:NAME` or `file:PATH`)."""
+    """A server elsewhere; `credential` refers to a secret (`env:NAME` or `file:PATH`).
+
+    `concurrency` is how many calls each URL may be answering at once.
+    """
 
     runtime: Literal["endpoint"]
     urls: tuple[Annotated[str, matching(r"https?://\S+", "an http:// or https:// URL")], ...] = (
@@ -202,6 +227,7 @@ class EndpointServing(Document):
         ]
         | None
     ) = None
+    concurrency: PositiveInt | None = None
 
 
 Serving = Annotated[ProcessServing | EndpointServing, Field(discriminator="runtime")]
@@ -222,6 +248,7 @@ class Cost(Document):
     """What serving costs, in the currency that the team uses throughout."""
 
     per_hour: NonNegativeFloat | None = None
+    per_call: NonNegativeFloat | None = None
     per_1k_input_tokens: NonNegativeFloat | None = None
     per_1k_output_tokens: NonNegativeFloat | None = None
 
@@ -233,7 +260,6 @@ class _Common(Document):
     description: str = ""
     owner: Owner | None = None
     base: Base | None = None
-    behaviour: dict[str, Any] | None = None
     training: Training = Training()
     serving: Serving = ProcessServing()
     metrics: dict[Name, dict[Name, Metric]] = Field(default_factory=dict)
@@ -244,6 +270,7 @@ class ReleaseSpec(_Common):
     """`release.yaml`, before anything is looked up or hashed."""
 
     version: PositiveInt | None = None
+    behaviour: BehaviourSpec | None = None
     artifacts: tuple[ArtifactSpec, ...] = ()
     code: CodeSpec | None = None
     environment: EnvironmentSpec = EnvironmentSpec()
@@ -339,11 +366,23 @@ class Manifest(_Common):
     environment: Environment
     data: tuple[Data, ...]
     contract: Contract
+    behaviour: dict[str, Any] | None = None
     inference: Inference
 
     def content(self) -> dict[str, Any]:
-        """The manifest as plain JSON values, in the form that the digest covers."""
-        return self.model_dump(mode="json")
+        """The manifest as plain JSON values, in the form that the digest covers.
+
+        What could not be said in the format's first days is left out where it is not said: the same
+        content keeps its digest.
+        """
+        content = self.model_dump(mode="json")
+        if not self.contract.operations:
+            del content["contract"]["operations"]
+        if self.serving.concurrency is None:
+            del content["serving"]["concurrency"]
+        if self.cost is not None and self.cost.per_call is None:
+            del content["cost"]["per_call"]
+        return content
 
     def digest(self) -> str:
         """`sha256:…` over all that the release pins."""

@@ -7,7 +7,7 @@ as references. Weights are in basis points (1/10,000), the unit in which a lane 
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -24,10 +24,44 @@ call every plan, those before production included."""
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """One server of a release; `credential` is a reference such as `env:UPSTREAM_KEY`."""
+    """One server of a release; `credential` is a reference such as `env:UPSTREAM_KEY`.
+
+    `concurrency` bounds the calls under way to it, over all workers of a host.
+    """
 
     url: str
     credential: str | None = None
+    concurrency: int | None = None
+
+
+class Behaviour(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a prompt release adds to each request for a language model.
+
+    `system` goes before the client's messages, or before the prompt of a completion.
+    `chat_template` is passed to the server, for those that take one. `tools` are offered unless the
+    client brings its own. `sampling` holds request fields such as `temperature`: with `pinned` they
+    replace what the client sends, else they fill in what it leaves out.
+    """
+
+    system: str | None = None
+    chat_template: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str | dict[str, Any] | None = None
+    sampling: dict[str, Any] = {}
+    pinned: bool = False
+
+
+class Price(msgspec.Struct, frozen=True, kw_only=True):
+    """What a call costs, in the team's currency: for each thousand tokens, and for each call."""
+
+    per_1k_input: float = 0.0
+    per_1k_output: float = 0.0
+    per_call: float = 0.0
+
+    def of(self, input_tokens: float, output_tokens: float) -> float:
+        """The cost of one call."""
+        tokens = input_tokens * self.per_1k_input + output_tokens * self.per_1k_output
+        return self.per_call + tokens / 1000
 
 
 class Arm(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,14 +73,59 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True):
     endpoints: tuple[Endpoint, ...]
     served_model: str
     contract: Contract
+    behaviour: Behaviour | None = None
+    price: Price | None = None
 
 
 class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
-    """Upper limits in seconds for one attempt at one endpoint, and for the whole request."""
+    """Upper limits in seconds.
+
+    `connect` and `attempt` are for one attempt at one endpoint, `total` for the whole request; of
+    a stream they count up to its first content. After that `idle` bounds the silence between two
+    events, and `stream` the whole of it.
+    """
 
     connect: float = 1.0
     attempt: float = 5.0
     total: float = 15.0
+    idle: float = 30.0
+    stream: float = 3600.0
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a key or a model may use on this host; None is without limit.
+
+    Requests and tokens (in and out) are per minute, `concurrency` counts calls under way,
+    `budget_per_day` is money, counted from midnight UTC.
+    """
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrency: int | None = None
+    budget_per_day: float | None = None
+
+
+class Hedge(msgspec.Struct, frozen=True, kw_only=True):
+    """A second attempt elsewhere when the first has said nothing for `after` seconds.
+
+    Only where asking twice changes nothing; `ratio` bounds them per request.
+    """
+
+    after: float
+    ratio: float = 0.05
+
+
+class Mirror(msgspec.Struct, frozen=True, kw_only=True):
+    """A release that sees a copy of some requests, and whose answers nobody gets.
+
+    `share` of the requests is copied, at most `concurrency` at a time in a worker; `budget_per_day`
+    bounds what they may cost on this host.
+    """
+
+    arm: Arm
+    share: float
+    concurrency: int = 8
+    budget_per_day: float | None = None
 
 
 class Shield(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,11 +146,21 @@ class Shield(msgspec.Struct, frozen=True, kw_only=True):
     breaker_seconds: float = 5.0
 
 
-class Capture(msgspec.Struct, frozen=True, kw_only=True):
-    """What is written of a request: its metadata alone, or bodies too, cut at `max_bytes` each."""
+class Capture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is written of a request: its metadata, and as `payloads` says its bodies too.
 
-    payloads: Literal["none", "full"] = "none"
+    With `sampled`, bodies of a `sample` of the requests are kept. They are cut at `max_bytes` each.
+    `redact` names the patterns whose finds are replaced before anything is written, and
+    `redact_fields` the fields of the bodies that are. `features` says whether the numbers that
+    drift is looked for in are written too.
+    """
+
+    payloads: Literal["none", "sampled", "full"] = "none"
     max_bytes: int = 16_384
+    sample: float = 1.0
+    redact: tuple[str, ...] = ()
+    redact_fields: tuple[str, ...] = ()
+    features: bool = True
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +187,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     shield: Shield = Shield()
     capture: Capture = Capture()
     fallback_message: str | None = None
+    limits: Limits = Limits()
+    hedge: Hedge | None = None
+    mirror: Mirror | None = None
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True):

@@ -177,19 +177,76 @@ class RollbackPolicy(Document):
     breaker: Breaker = Breaker()
 
 
-class CapturePolicy(Document):
-    """What the journal keeps of requests and answers beyond their metadata."""
+Redaction = Literal["email", "phone", "card", "iban", "ip", "secret"]
+"""Patterns of personal data and secrets that can be replaced in what is kept."""
 
-    payloads: Literal["none", "full"] = "none"
+
+class CapturePolicy(Document):
+    """What the journal keeps of requests and answers beyond their metadata.
+
+    `payloads: sampled` keeps the bodies of a `sample` of the requests. What the patterns of
+    `redact` find, and what is in `redact_fields` (`messages.content`, `inputs.age`), is replaced
+    before anything is written. `features`: whether the numbers that drift is looked for in are kept
+    too.
+    """
+
+    payloads: Literal["none", "sampled", "full"] = "none"
+    sample: Annotated[float, BeforeValidator(_fraction), Field(gt=0, le=1)] = 0.1
     max_bytes: Annotated[int, Field(ge=0, le=1_048_576)] = 16_384
+    redact: tuple[Redaction, ...] = ()
+    redact_fields: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
+    features: bool = True
 
 
 class DeadlinePolicy(Document):
-    """Upper limits for one attempt at an endpoint, and for the whole request."""
+    """Upper limits for one attempt at an endpoint, and for the whole request up to its answer.
+
+    Absent, an attempt has 5 s and the whole 15 s, or 60 s and 120 s for a language model. Of a
+    stream these count up to its first content; then `idle` bounds the silence between two pieces,
+    and `stream` the whole of it.
+    """
 
     connect: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=60)] = 1.0
-    attempt: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=3600)] = 5.0
-    total: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=3600)] = 15.0
+    attempt: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=3600)] | None = None
+    total: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=3600)] | None = None
+    idle: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=3600)] = 30.0
+    stream: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=86_400)] = 3600.0
+
+
+class LimitsPolicy(Document):
+    """What all clients together may use of the model on one host; absent is without limit.
+
+    Tokens in and out count. The budget is money, in the currency of the releases' `cost`, from
+    midnight UTC.
+    """
+
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    budget_per_day: Annotated[float, Field(gt=0)] | None = None
+
+
+class HedgePolicy(Document):
+    """Ask a second endpoint when the first has not answered `after` so long.
+
+    Only for releases without side effects; `ratio` bounds how many requests are asked twice.
+    """
+
+    after: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=60)]
+    ratio: Annotated[float, BeforeValidator(_fraction), Field(gt=0, le=1)] = 0.05
+
+
+class MirrorPolicy(Document):
+    """Send a copy of production requests to another release, whose answers nobody gets.
+
+    `to` is a stage that holds one (`staging`), or a release that runs somewhere (`digits@4`). It
+    must declare `side_effects: none`.
+    """
+
+    to: Annotated[str, Field(min_length=1)]
+    share: Annotated[float, BeforeValidator(_fraction), Field(gt=0, le=1)] = 0.1
+    concurrency: Annotated[int, Field(ge=1, le=1000)] = 8
+    budget_per_day: Annotated[float, Field(gt=0)] | None = None
 
 
 class Risk(Document):
@@ -213,6 +270,9 @@ class Policy(Document):
     rollback: RollbackPolicy = RollbackPolicy()
     capture: CapturePolicy = CapturePolicy()
     deadlines: DeadlinePolicy = DeadlinePolicy()
+    limits: LimitsPolicy = LimitsPolicy()
+    hedge: HedgePolicy | None = None
+    mirror: MirrorPolicy | None = None
     fallback_message: str | None = None
 
     @field_validator("preset")

@@ -32,6 +32,8 @@ class Reason(StrEnum):
     NARROWED_CONTRACT = "narrowed_contract"
     EJECTED = "ejected"
     FULL = "full"
+    ERROR_EVENT = "error_event"
+    IDLE = "idle"
     # the caller's doing, or a limit on callers
     INVALID_JSON = "invalid_json"
     INVALID_INPUT = "invalid_input"
@@ -39,6 +41,7 @@ class Reason(StrEnum):
     TOO_LARGE = "too_large"
     BODY_TIMEOUT = "body_timeout"
     FULL_GATEWAY = "full_gateway"
+    OVER_LIMIT = "over_limit"
     # nobody saw the end
     CLIENT_GONE = "client_gone"
     CLIENT_DEADLINE = "client_deadline"
@@ -65,12 +68,16 @@ OIP: Final[Mapping[Reason, Outcome]] = MappingProxyType(
         # not called at all: its breaker is open, or as many calls as allowed are under way
         Reason.EJECTED: Outcome.FAILURE,
         Reason.FULL: Outcome.FAILURE,
+        # a stream that says so itself, or says nothing for too long
+        Reason.ERROR_EVENT: Outcome.FAILURE,
+        Reason.IDLE: Outcome.FAILURE,
         Reason.INVALID_JSON: Outcome.CLIENT_FAULT,
         Reason.INVALID_INPUT: Outcome.CLIENT_FAULT,
         Reason.UNSUPPORTED: Outcome.CLIENT_FAULT,
         Reason.TOO_LARGE: Outcome.CLIENT_FAULT,
         Reason.BODY_TIMEOUT: Outcome.CLIENT_FAULT,
         Reason.FULL_GATEWAY: Outcome.CLIENT_FAULT,
+        Reason.OVER_LIMIT: Outcome.CLIENT_FAULT,
         Reason.CLIENT_GONE: Outcome.CENSORED,
         Reason.CLIENT_DEADLINE: Outcome.CENSORED,
         Reason.SHUTDOWN: Outcome.CENSORED,

@@ -161,7 +161,7 @@ def create_release(
         description=spec.description,
         owner=spec.owner,
         base=spec.base,
-        behaviour=spec.behaviour,
+        behaviour=spec.behaviour and spec.behaviour.model_dump(mode="json", exclude_defaults=True),
         training=spec.training,
         serving=spec.serving,
         metrics=spec.metrics,

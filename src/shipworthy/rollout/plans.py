@@ -13,13 +13,26 @@ from shipworthy.domain.lifecycle import (
     StageEntry,
     manifest_of,
 )
-from shipworthy.domain.manifest import EndpointServing
+from shipworthy.domain.manifest import EndpointServing, Manifest
 from shipworthy.domain.names import Stage, plan_name
-from shipworthy.domain.plan import Arm, Capture, Deadlines, Endpoint, Plan
-from shipworthy.domain.policy import Policy
+from shipworthy.domain.plan import (
+    Arm,
+    Behaviour,
+    Capture,
+    Deadlines,
+    Endpoint,
+    Hedge,
+    Limits,
+    Mirror,
+    Plan,
+    Price,
+)
+from shipworthy.domain.policy import MirrorPolicy, Policy
 from shipworthy.domain.rollout import RolloutState
 from shipworthy.errors import IntegrityError
 from shipworthy.rollout.turn import Turn
+
+_NO_BEHAVIOUR = (Behaviour(), Behaviour(pinned=True))
 
 
 def refresh_plans(turn: Turn) -> dict[str, Plan]:
@@ -49,12 +62,13 @@ def _plan(
     before: Plan | None,
 ) -> Plan | None:
     """The plan as it should be, with the revision that it has; None until something answers."""
-    stable = _arm(turn, holder.stage, holder.model, holder.release, before)
+    known = (before.stable, before.candidate) if before else ()
+    stable = _arm(turn, holder.stage, holder.model, holder.release, known)
     if stable is None:
         return before
     candidate = None
     if rollout is not None and rollout.status.exposed and not _starting(turn, rollout):
-        candidate = _arm(turn, holder.stage, holder.model, rollout.candidate, before)
+        candidate = _arm(turn, holder.stage, holder.model, rollout.candidate, known)
     conduct = policy or Policy(model=holder.model)
     return Plan(
         name=name,
@@ -66,12 +80,11 @@ def _plan(
         weight=rollout.weight if rollout and candidate else 0,
         rollout=rollout.id if rollout and candidate else "",
         lease_seconds=conduct.rollout.lease,
-        deadlines=Deadlines(
-            connect=conduct.deadlines.connect,
-            attempt=conduct.deadlines.attempt,
-            total=conduct.deadlines.total,
-        ),
-        capture=Capture(payloads=conduct.capture.payloads, max_bytes=conduct.capture.max_bytes),
+        deadlines=_deadlines(conduct, stable),
+        capture=_capture(conduct),
+        limits=Limits(**conduct.limits.model_dump()),
+        hedge=conduct.hedge and Hedge(**conduct.hedge.model_dump()),
+        mirror=_mirror(turn, holder.model, conduct.mirror, before),
         fallback_message=conduct.fallback_message,
     )
 
@@ -86,7 +99,9 @@ def _starting(turn: Turn, rollout: RolloutState) -> bool:
     return deployment is not None and deployment.state is DeploymentState.STARTING
 
 
-def _arm(turn: Turn, stage: Stage, model: str, digest: str, before: Plan | None) -> Arm | None:
+def _arm(
+    turn: Turn, stage: Stage, model: str, digest: str, known: tuple[Arm | None, ...]
+) -> Arm | None:
     """A release as the gateway reaches it; its last known arm while there is none to be had.
 
     A manifest that was altered in the ledger is not obeyed, and one model's must not stop the rest.
@@ -95,7 +110,6 @@ def _arm(turn: Turn, stage: Stage, model: str, digest: str, before: Plan | None)
     if deployment is not None and deployment.endpoints:
         with suppress(IntegrityError):
             return arm_of(turn.release(model, digest), deployment)
-    known = (before.stable, before.candidate) if before else ()
     return next((arm for arm in known if arm is not None and arm.digest == digest), None)
 
 
@@ -110,7 +124,96 @@ def arm_of(release: Release, deployment: Deployment) -> Arm:
         release=release.name,
         digest=release.digest,
         version=release.version,
-        endpoints=tuple(Endpoint(url=url, credential=credential) for url in deployment.endpoints),
+        endpoints=tuple(
+            Endpoint(url=url, credential=credential, concurrency=serving.concurrency)
+            for url in deployment.endpoints
+        ),
         served_model=served_model,
         contract=manifest.contract,
+        behaviour=_behaviour(manifest),
+        price=_price(manifest),
     )
+
+
+def _behaviour(manifest: Manifest) -> Behaviour | None:
+    """What the gateway adds to each request; None for nothing."""
+    said = dict(manifest.behaviour or {})
+    behaviour = Behaviour(
+        system=said.get("system"),
+        chat_template=said.get("chat_template"),
+        tools=tuple(said.get("tools", ())),
+        tool_choice=said.get("tool_choice"),
+        sampling=dict(manifest.inference.sampling) if not manifest.contract.tensors else {},
+        pinned=bool(said.get("pin_sampling")),
+    )
+    return None if behaviour in _NO_BEHAVIOUR else behaviour
+
+
+def _price(manifest: Manifest) -> Price | None:
+    cost = manifest.cost
+    if cost is None:
+        return None
+    return Price(
+        per_1k_input=cost.per_1k_input_tokens or 0.0,
+        per_1k_output=cost.per_1k_output_tokens or 0.0,
+        per_call=cost.per_call or 0.0,
+    )
+
+
+def _deadlines(policy: Policy, stable: Arm) -> Deadlines:
+    """What the policy says; language models take longer where it says nothing."""
+    said = policy.deadlines
+    attempt, total = (5.0, 15.0) if stable.contract.tensors else (60.0, 120.0)
+    attempt = attempt if said.attempt is None else said.attempt
+    return Deadlines(
+        connect=said.connect,
+        attempt=attempt,
+        total=max(attempt, total) if said.total is None else said.total,
+        idle=said.idle,
+        stream=said.stream,
+    )
+
+
+def _capture(policy: Policy) -> Capture:
+    said = policy.capture
+    return Capture(
+        payloads=said.payloads,
+        sample=said.sample,
+        max_bytes=said.max_bytes,
+        redact=said.redact,
+        redact_fields=said.redact_fields,
+        features=said.features,
+    )
+
+
+def _mirror(
+    turn: Turn, model: str, policy: MirrorPolicy | None, before: Plan | None
+) -> Mirror | None:
+    """The copy's receiver as the gateway reaches it; None while there is none that may have one."""
+    if policy is None:
+        return None
+    found = _mirrored(turn, model, policy.to)
+    if found is None:
+        return None
+    stage, digest = found
+    known = before.mirror.arm if before and before.mirror else None
+    arm = _arm(turn, stage, model, digest, (known,))
+    if arm is None or arm.contract.side_effects != "none":
+        return None
+    return Mirror(
+        arm=arm,
+        share=policy.share,
+        concurrency=policy.concurrency,
+        budget_per_day=policy.budget_per_day,
+    )
+
+
+def _mirrored(turn: Turn, model: str, to: str) -> tuple[Stage, str] | None:
+    """Stage and digest of the release that a mirror names; None when it runs nowhere."""
+    if to in {stage.value for stage in Stage}:
+        holder = turn.holder(model, Stage(to))
+        return holder and (holder.stage, holder.release)
+    for deployment in turn.tx.deployments.list(model):
+        if deployment.wanted and turn.release(model, deployment.release).name == to:
+            return deployment.stage, deployment.release
+    return None

@@ -117,7 +117,7 @@ def summarise(records: Iterable[Record]) -> Journalled:
         if isinstance(record, FeedbackRecord):
             if record.kind == "label":
                 labels[record.inference] = record.value
-        elif record.plan == MODEL:
+        elif isinstance(record, InferenceRecord) and record.plan == MODEL:
             _count(found, given, record)
     for inference, label in labels.items():
         release, digit = given.get(inference, ("", None))

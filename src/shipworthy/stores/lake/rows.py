@@ -50,7 +50,7 @@ def rows_of(records: Iterable[Record]) -> dict[Table, RecordBatch]:
     for record in records:
         if isinstance(record, InferenceRecord):
             inferences.append(record)
-        else:
+        elif isinstance(record, FeedbackRecord):
             feedback.append(record)
     rows: dict[Table, RecordBatch] = {}
     try:
