@@ -13,27 +13,22 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import chain
-from typing import Annotated, Any, Final, TypeVar, cast
+from typing import Annotated, Any, Final, cast
 
 import msgspec
 from msgspec import Meta
 
 from shipworthy.domain.contract import ANY, Contract, Datatype, Tensor
-from shipworthy.errors import UsageError
+from shipworthy.protocols.messages import (
+    InvalidMessage,
+    MalformedMessage,  # noqa: F401  # who reads OIP messages catches it from here
+    decoded,
+)
 
 EXTENSIONS: Final[tuple[str, ...]] = ()
 """Protocol extensions that we speak: none, so data is always in the JSON body."""
 
-_T = TypeVar("_T")
 _SHOWN = 80  # characters of a client's own text that an error message repeats
-
-
-class InvalidMessage(UsageError):
-    """A request or response that can't be accepted; the message begins with the field at fault."""
-
-
-class MalformedMessage(InvalidMessage):
-    """Not JSON, or not the protocol's structure, whatever the model."""
 
 
 class ContractViolation(InvalidMessage):
@@ -99,12 +94,12 @@ _encoder = msgspec.json.Encoder()
 
 def decode_request(body: bytes) -> InferenceRequest:
     """Read a request; MalformedMessage says where it is not JSON or not the protocol's."""
-    return _decode(_requests, body)
+    return decoded(_requests, body)
 
 
 def decode_response(body: bytes) -> InferenceResponse:
     """Read a response; MalformedMessage says where it is not JSON or not the protocol's."""
-    return _decode(_responses, body)
+    return decoded(_responses, body)
 
 
 def encode_request(
@@ -140,7 +135,7 @@ def encode_response(
 
 def rename_response(body: bytes, *, model_name: str, model_version: str) -> bytes:
     """The response under another model name and version; all else, unknown fields too, stays."""
-    message: dict[str, Any] = dict(_decode(_objects, body))
+    message: dict[str, Any] = dict(decoded(_objects, body))
     message["model_name"] = model_name
     message["model_version"] = model_version
     return _encoder.encode(message)
@@ -454,48 +449,7 @@ def _json_word(kind: str) -> str:
     return (words | more).get(kind, kind)
 
 
-# --- reading ----------------------------------------------------------------------------------
-
-
-def _decode(decoder: msgspec.json.Decoder[_T], body: bytes) -> _T:
-    try:
-        if not body.isascii():
-            body.decode()  # the parser looks into no string that it skips; a server upstream would
-        return decoder.decode(body)
-    except UnicodeDecodeError as error:
-        raise MalformedMessage(f"the body is not valid UTF-8 (byte {error.start})") from None
-    except RecursionError:
-        raise MalformedMessage("the body is nested too deeply") from None
-    except msgspec.ValidationError as error:
-        raise MalformedMessage(_structure_problem(str(error))) from None
-    except msgspec.DecodeError as error:
-        raise MalformedMessage(_json_problem(str(error), body)) from None
-
-
-_BYTE = re.compile(r"\(byte (\d+)\)")
-
-
-def _json_problem(text: str, body: bytes) -> str:
-    if not body:
-        return "the body is empty; send a JSON object"
-    at = _BYTE.search(text)
-    if at is None:
-        return f"the body is not JSON: it, or a string in it, ends too early ({len(body)} bytes)"
-    position = int(at.group(1))
-    around = body[max(0, position - 1) : position + 9]
-    for token in (b"NaN", b"Infinity"):
-        if token in around:
-            return (
-                f"the body is not JSON: it holds {token.decode()} (byte {position}); send numbers"
-            )
-    return "the body is not JSON: " + text.removeprefix("JSON is malformed: ")
-
-
-def _structure_problem(text: str) -> str:
-    at = _AT.search(text)
-    where = at.group(1) if at else "body"
-    what = _AT.sub("", text).replace("`", "")
-    return f"{where}: {what[0].lower()}{what[1:]}"
+# --- words ------------------------------------------------------------------------------------
 
 
 def _plain(tensor: TensorValues) -> dict[str, Any]:
