@@ -29,7 +29,7 @@ from shipworthy.domain.lifecycle import (
 )
 from shipworthy.domain.manifest import PinnedFile
 from shipworthy.domain.names import ReleaseReference, Stage
-from shipworthy.domain.plan import Key, Plan
+from shipworthy.domain.plan import Key, Limits, Plan
 from shipworthy.domain.records import Record
 from shipworthy.domain.rollout import RolloutState, UnitHistory
 from shipworthy.domain.terms import Term
@@ -101,6 +101,7 @@ class Keys(Protocol):
 
     def add(self, key: StoredKey) -> None: ...
     def revoke(self, id: str, at: float) -> bool: ...
+    def limit(self, id: str, limits: Limits) -> bool: ...
     def list(self) -> list[StoredKey]: ...
 
 

@@ -200,6 +200,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     role: Role
     models: tuple[str, ...] = ("*",)
     expires: float | None = None
+    limits: Limits = Limits()
 
     def may_call(self, name: str) -> bool:
         """Whether this key opens the plan of that name."""

@@ -9,7 +9,7 @@ import msgspec
 from sqlalchemy import Connection, insert, select, update
 
 from shipworthy.domain.lifecycle import Principal
-from shipworthy.domain.plan import Key
+from shipworthy.domain.plan import Key, Limits
 from shipworthy.ports import StoredKey
 from shipworthy.stores.ledger import schema
 from shipworthy.stores.ledger.rows import first_of, from_row, to_row
@@ -57,12 +57,19 @@ class SqlKeys:
         statement = update(schema.keys).where(_keys.id == id, _keys.revoked_at.is_(None))
         return bool(self._connection.execute(statement.values(revoked_at=at)).rowcount)
 
+    def limit(self, id: str, limits: Limits) -> bool:
+        """Give a key other limits; whether there is such a key, not revoked."""
+        statement = update(schema.keys).where(_keys.id == id, _keys.revoked_at.is_(None))
+        values = {"limits": msgspec.to_builtins(limits)}
+        return bool(self._connection.execute(statement.values(values)).rowcount)
+
     def list(self) -> builtins.list[StoredKey]:
         """All of them, oldest first, the revoked ones too."""
         query = select(schema.keys).order_by(_keys.sequence)
         return [
             StoredKey(
-                key=from_row(row, Key),
+                # Keys of revision 0002 and before have no limits in their row.
+                key=from_row({**row, "limits": row["limits"] or {}}, Key),
                 principal=row["principal"],
                 created_at=row["created_at"],
                 revoked_at=row["revoked_at"],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, RowMapping, Select, Table, insert, update
+from sqlalchemy import Connection, Select, Table, insert, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from shipworthy.errors import LedgerUnavailable
@@ -18,7 +19,7 @@ def to_row(value: msgspec.Struct) -> dict[str, Any]:
     return msgspec.to_builtins(value)
 
 
-def from_row(row: RowMapping, kind: type[Value]) -> Value:
+def from_row(row: Mapping[Any, Any], kind: type[Value]) -> Value:
     """Give the value that a row keeps; columns that are no fields (`sequence`) are ignored.
 
     Raises:

@@ -30,7 +30,7 @@ from sqlalchemy import (
 
 from shipworthy.domain.canonical import canonical_json
 
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 """Every schema version, oldest first. Code works with the last one alone."""
 
 
@@ -126,6 +126,7 @@ keys = Table(
     Column("principal", String, nullable=False),
     Column("created_at", _Seconds, nullable=False),
     Column("revoked_at", _Seconds),
+    Column("limits", Json),
 )
 
 findings = Table(
