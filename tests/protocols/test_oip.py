@@ -344,7 +344,7 @@ def test_renaming_keeps_everything_else_as_it_is():
 def test_documents_have_the_protocols_fields():
     assert json.loads(oip.error_body('no "x"')) == {"error": 'no "x"'}
     assert json.loads(oip.server_metadata("s", "1")) == {
-        "name": "s", "version": "1", "extensions": [],
+        "name": "s", "version": "1", "extensions": ["binary_tensor_data"],
     }  # fmt: skip
     assert json.loads(oip.server_live(live=True)) == {"live": True}
     assert json.loads(oip.server_ready(ready=False)) == {"ready": False}

@@ -21,12 +21,13 @@ from msgspec import Meta
 from shipworthy.domain.contract import ANY, Contract, Datatype, Tensor
 from shipworthy.protocols.messages import (
     InvalidMessage,
-    MalformedMessage,  # noqa: F401  # who reads OIP messages catches it from here
+    MalformedMessage,  # noqa: F401  # pyright: ignore[reportUnusedImport]  # caught from here
     decoded,
 )
+from shipworthy.protocols.packed import Packed
 
-EXTENSIONS: Final[tuple[str, ...]] = ()
-"""Protocol extensions that we speak: none, so data is always in the JSON body."""
+EXTENSIONS: Final[tuple[str, ...]] = ("binary_tensor_data",)
+"""Protocol extensions that we speak; `oip_binary` reads and writes this one."""
 
 _SHOWN = 80  # characters of a client's own text that an error message repeats
 
@@ -46,6 +47,12 @@ class TensorMessage(msgspec.Struct, frozen=True):
     datatype: str
     data: msgspec.Raw
     parameters: dict[str, Any] | None = None
+
+
+class PackedTensor(TensorMessage, frozen=True, kw_only=True):
+    """One whose values came in binary, behind the message's JSON; its `data` is empty."""
+
+    packed: Packed
 
 
 class RequestedOutput(msgspec.Struct, frozen=True):
@@ -77,7 +84,8 @@ class InferenceResponse(msgspec.Struct, frozen=True):
 class TensorValues(msgspec.Struct, frozen=True):
     """One tensor with its data as Python values: row-major, flat or nested to the shape's depth.
 
-    An output may hold anything with a `tolist()`, such as a numpy array, when it is encoded.
+    What was checked may hold `Packed` values instead, as they came in binary. An output may hold
+    anything with a `tolist()`, such as a numpy array, when it is encoded.
     """
 
     name: str
@@ -207,12 +215,17 @@ class ContractChecker:
         self._check_requested(request.outputs or ())
         return values
 
-    def check_response(self, response: InferenceResponse, request: InferenceRequest) -> None:
-        """Whether the model kept its word to this request; else a ContractViolation."""
+    def check_response(
+        self, response: InferenceResponse, request: InferenceRequest
+    ) -> list[TensorValues]:
+        """The outputs' values if the model kept its word to this request.
+
+        Else a ContractViolation for the first field that is at fault.
+        """
         required = self._required_outputs
         if request.outputs:
             required = tuple(output.name for output in request.outputs)
-        _check_tensors("outputs", response.outputs, self._outputs, required)
+        values = _check_tensors("outputs", response.outputs, self._outputs, required)
         rows = _batch(request.inputs, self._inputs)
         answered = _batch(response.outputs, self._outputs)
         if rows and answered and rows[0] != answered[0]:
@@ -220,6 +233,7 @@ class ContractChecker:
                 f"outputs[{answered[1]}].shape: the request has {rows[0]} rows,"
                 f" the answer {answered[0]}"
             )
+        return values
 
     def _check_requested(self, outputs: Sequence[RequestedOutput]) -> None:
         seen: set[str] = set()
@@ -258,7 +272,11 @@ def _check_tensors(
             raise ContractViolation(f"{kind}[{index}].name: {_quoted(tensor.name)} is given twice")
         field = f"{kind}[{index}]"
         _check_declaration(field, tensor, expected)
-        data = _values(f"{field}.data", tensor, expected.datatype)
+        data: Any
+        if isinstance(tensor, PackedTensor):
+            data = _packed(field, tensor, expected.datatype)
+        else:
+            data = _values(f"{field}.data", tensor, expected.datatype)
         seen[tensor.name] = TensorValues(tensor.name, expected.datatype, tensor.shape, data)
     for name in required:
         if name not in seen:
@@ -381,6 +399,17 @@ def _values(field: str, tensor: TensorMessage, datatype: Datatype) -> list[Any]:
     if datatype in _INT64:
         _fits_64_bits(field, values, datatype)
     return values
+
+
+def _packed(field: str, tensor: PackedTensor, datatype: Datatype) -> Packed:
+    packed = Packed(datatype, tensor.packed.raw)
+    problem = packed.problem(math.prod(tensor.shape))
+    if problem is not None:
+        raise ContractViolation(
+            f"{field}: its binary data is not {datatype} {_shortened(str(list(tensor.shape)))}:"
+            f" {_shortened(problem)}"
+        )
+    return packed
 
 
 def _is_nested(values: list[Any], shape: Sequence[int]) -> bool:
