@@ -1,0 +1,139 @@
+"""Server-sent events: a stream cut into whole events, what one holds, and how one is written.
+
+Events stay bytes as they came: line ends, comments and unknown fields pass through untouched.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from shipworthy.protocols.messages import InvalidMessage
+
+DONE: Final = b"data: [DONE]\n\n"
+"""How OpenAI's protocol says that a stream is over."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class EventTooLarge(InvalidMessage):
+    """An event is longer than we are willing to hold; the rest of its stream can't be read."""
+
+
+class EventSplitter:
+    """Cuts a stream, however it arrives, into events that each end with their blank line.
+
+    Joined, the events and `rest` are what was fed. A line may end with LF, CRLF or CR, as the
+    standard has it. After two CRs an event is over at once; an LF that follows counts to the next
+    one, where it means nothing.
+    """
+
+    __slots__ = ("_buffer", "_max", "_returns", "_scan")
+
+    def __init__(self, max_event: int) -> None:
+        self._max = max_event
+        self._buffer = bytearray()
+        self._scan = 0  # no event ends before this place
+        self._returns = False  # whether there has been a CR, which few streams hold
+
+    @property
+    def rest(self) -> bytes:
+        """What has come of an event that is not over."""
+        return bytes(self._buffer)
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The events that these bytes complete; EventTooLarge when one exceeds `max_event`."""
+        self._returns = self._returns or b"\r" in data
+        buffer: bytes | bytearray = data
+        if self._buffer:
+            self._buffer += data
+            buffer = self._buffer
+        size = len(buffer)
+        events: list[bytes] = []
+        start, scan = 0, self._scan
+        while True:
+            end, scan = _end(buffer, scan, returns=self._returns)
+            if not end:
+                break
+            events.append(bytes(buffer[start:end]))
+            start = scan = end
+        self._keep(buffer, start, scan)
+        if size > self._max and max(size - start, *map(len, events)) > self._max:
+            raise EventTooLarge(f"stream: an event is longer than {self._max} bytes")
+        return events
+
+    def _keep(self, buffer: bytes | bytearray, start: int, scan: int) -> None:
+        self._scan = scan - start
+        if buffer is self._buffer:
+            del self._buffer[:start]
+        elif start < len(buffer):
+            self._buffer += buffer[start:]
+
+
+def _end(buffer: bytes | bytearray, scan: int, *, returns: bool) -> tuple[int, int]:
+    """Where the event that goes on at `scan` ends, or 0 and from where to look when there is more.
+
+    A blank line is a line end right after another one.
+    """
+    size = len(buffer)
+    while True:
+        line = buffer.find(b"\n", scan)
+        if returns:
+            twice = buffer.find(b"\r\r", scan, line if line >= 0 else size)
+            if twice >= 0:
+                return twice + 2, 0
+        if line < 0:
+            return 0, size - 1 if returns and size and buffer[-1] == 13 else size
+        following = buffer[line + 1 : line + 3]
+        if following[:1] == b"\n":
+            return line + 2, 0
+        if following[:1] == b"\r":
+            if following == b"\r":
+                return 0, line  # whether an LF belongs to it is yet to come
+            return line + (3 if following == b"\r\n" else 2), 0
+        if not following:
+            return 0, line
+        scan = line + 1
+
+
+def parsed(event: bytes) -> tuple[bytes, bytes | None]:
+    """An event's name, empty when it has none, and its data as `data_of` gives it."""
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+        return b"", event[6:-2]
+    name, lines = b"", list[bytes]()
+    for line in event.splitlines():  # of bytes: at the standard's three line ends and no others
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            lines.append(value.removeprefix(b" "))
+        elif field == b"event":
+            name = value.removeprefix(b" ")
+    return name, b"\n".join(lines) if lines else None
+
+
+def data_of(event: bytes) -> bytes | None:
+    """An event's data, its lines joined; None when it has none, as a comment has."""
+    return parsed(event)[1]
+
+
+def event(data: bytes, name: bytes | None = None) -> bytes:
+    """An event with this data, one line for each of its own."""
+    head = b"" if name is None else b"event: " + name + b"\n"
+    if b"\n" not in data and b"\r" not in data:
+        return b"%bdata: %b\n\n" % (head, data)
+    lines = b"".join(b"data: %b\n" % line for line in _lines(data))
+    return b"%b%b\n" % (head, lines)
+
+
+def _lines(data: bytes) -> list[bytes]:
+    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+
+
+def error_event(
+    message: str,
+    type: str,  # noqa: A002  # the protocol's word
+    code: str | None = None,
+) -> bytes:
+    """How OpenAI's protocol tells of an error in a stream that has begun."""
+    error = {"message": message, "type": type, "param": None, "code": code}
+    return event(_encode({"error": error}))

@@ -1,0 +1,161 @@
+"""What a request for a language model says that a gateway has to know."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, UnsetType
+
+from shipworthy.domain.contract import Operation
+from shipworthy.protocols.messages import InvalidMessage, decoded
+from shipworthy.protocols.openai.text import Content, given, length
+
+BYTES_PER_TOKEN: Final = 4
+"""What a token stands for in English text, by OpenAI's own rule of thumb."""
+
+_EMPTY = Raw()
+
+
+class OpenAIRequest(msgspec.Struct, frozen=True, gc=False):
+    """What a request says that a gateway has to know.
+
+    `messages` counts the messages, prompts or inputs. `text_bytes` is the size in UTF-8 of the text
+    that the model reads, tools included and pictures not; token ids count as their text would.
+    `tools` and `stream_options` tell whether the client brings its own; `include_usage` whether it
+    wants the usage at the end of a stream. `max_tokens` is None where the client sets no limit.
+    """
+
+    operation: Operation
+    model: str
+    stream: bool
+    include_usage: bool
+    user: str | None
+    n: int
+    max_tokens: int | None
+    messages: int
+    text_bytes: int
+    tools: bool
+
+
+class _StreamOptions(msgspec.Struct, gc=False):
+    include_usage: bool | None = None
+
+
+class _Message(msgspec.Struct, gc=False):
+    content: Content = None
+    tool_calls: Raw = _EMPTY
+
+
+class _Asked(msgspec.Struct, gc=False):
+    """What all operations may say."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    user: str | None = None
+    n: Annotated[int, Meta(ge=1, le=2**31)] | None = None
+    max_tokens: Annotated[int, Meta(le=2**53)] | None = None
+    max_completion_tokens: Annotated[int, Meta(le=2**53)] | None = None
+    tools: Raw = _EMPTY
+    functions: Raw = _EMPTY
+
+
+_Texts = str | list[str | int | list[int] | dict[str, Raw]] | None
+
+
+class _Chat(_Asked, gc=False):
+    messages: list[_Message] | None = None
+
+    def sizes(self) -> tuple[int, int]:
+        """Number and size of what the model is given to read."""
+        if not self.messages:
+            missing = "missing" if self.messages is None else "empty"
+            raise InvalidMessage(f"messages: {missing}; send at least one message")
+        size = 0
+        for message in self.messages:
+            size += length(message.content) + len(message.tool_calls)
+        return len(self.messages), size
+
+
+class _Completion(_Asked, gc=False):
+    prompt: _Texts | UnsetType = UNSET
+
+    def sizes(self) -> tuple[int, int]:
+        """Number and size of what the model is given to read."""
+        if self.prompt is UNSET:
+            raise InvalidMessage("prompt: missing; send the text that is to be completed")
+        return _sizes(self.prompt)
+
+
+class _Embedding(_Asked, gc=False):
+    input: _Texts | UnsetType = UNSET
+
+    def sizes(self) -> tuple[int, int]:
+        """Number and size of what the model is given to read."""
+        if self.input is UNSET or self.input is None:
+            raise InvalidMessage("input: missing; send the text that is to be embedded")
+        return _sizes(self.input)
+
+
+_requests: Final[dict[Operation, msgspec.json.Decoder[Any]]] = {
+    "chat": msgspec.json.Decoder(_Chat),
+    "completions": msgspec.json.Decoder(_Completion),
+    "embeddings": msgspec.json.Decoder(_Embedding),
+}
+
+
+def read_request(operation: Operation, body: bytes) -> OpenAIRequest:
+    """What the request says.
+
+    MalformedMessage when it is not JSON, or a field that is read has a wrong type; InvalidMessage
+    when one is missing. Whatever else there is stays the server's business.
+    """
+    asked: _Chat | _Completion | _Embedding = decoded(_requests[operation], body)
+    if not asked.model:
+        raise InvalidMessage("model: missing; name the model to ask")
+    messages, size = asked.sizes()
+    tools = given(asked.tools) or given(asked.functions)
+    if tools:
+        size += len(asked.tools) + len(asked.functions)
+    options = asked.stream_options
+    limit = asked.max_completion_tokens
+    if limit is None:
+        limit = asked.max_tokens
+    return OpenAIRequest(
+        operation,
+        asked.model,
+        operation != "embeddings" and asked.stream is True,
+        options is not None and options.include_usage is True,
+        asked.user or None,
+        asked.n or 1,
+        limit if limit is None or limit >= 0 else None,  # some say -1 for as much as there is
+        messages,
+        size,
+        tools,
+    )
+
+
+def estimate_tokens(text_bytes: int) -> int:
+    """About how many tokens so much text is, where no server has counted them.
+
+    Roughly four bytes of UTF-8 are one token. That is about right for English; code and most other
+    languages take more tokens, up to twice as many.
+    """
+    return -(-text_bytes // BYTES_PER_TOKEN)
+
+
+def _sizes(texts: _Texts) -> tuple[int, int]:
+    if texts is None:
+        return 0, 0
+    if isinstance(texts, str):
+        return 1, length(texts)
+    if texts and isinstance(texts[0], int):
+        return 1, len(texts) * BYTES_PER_TOKEN
+    size = 0
+    for text in texts:
+        if isinstance(text, str):
+            size += length(text)
+        elif isinstance(text, list):
+            size += len(text) * BYTES_PER_TOKEN
+    return len(texts), size

@@ -1,0 +1,50 @@
+"""One field of a JSON object replaced, and everything else byte for byte as it came."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+_encode = msgspec.json.Encoder().encode
+_KEY = re.compile(rb"[ \t\n\r]*[{,][ \t\n\r]*")
+_VALUE = re.compile(rb"[ \t\n\r]*:[ \t\n\r]*")
+_CLOSE = re.compile(rb"[ \t\n\r]*\}[ \t\n\r]*")
+
+
+def replaced(body: bytes, fields: dict[str, msgspec.Raw], name: str, value: bytes) -> bytes:
+    """The object with this value under `name`.
+
+    `fields` is what `body` decodes to, and holds `name`. A key that the body has twice is left in
+    once, with the value that counts, so that nobody downstream can take the other.
+    """
+    changed = {**fields, name: msgspec.Raw(value)}
+    encoded = _encode(changed)
+    before = len(fields[name])
+    if len(encoded) - len(value) == len(body) - before:
+        return encoded  # without spaces or escapes there is one way only to write it
+    at = _place(body, fields, name)
+    if at is None:
+        return encoded
+    return b"%b%b%b" % (body[:at], value, body[at + before :])
+
+
+def _place(body: bytes, fields: dict[str, msgspec.Raw], name: str) -> int | None:
+    """Where the value begins; None when the body does not hold just these fields in plain letters.
+
+    Each step must find what the field is known to be, so this can't be led astray by what the
+    values hold.
+    """
+    at, place = 0, None
+    for key, raw in fields.items():
+        token, value = _encode(key), bytes(raw)
+        gap = _KEY.match(body, at)
+        if gap is None or not body.startswith(token, gap.end()):
+            return None
+        colon = _VALUE.match(body, gap.end() + len(token))
+        if colon is None or not body.startswith(value, colon.end()):
+            return None
+        at = colon.end() + len(value)
+        if key == name:
+            place = colon.end()
+    return place if _CLOSE.fullmatch(body, at) else None
