@@ -9,31 +9,32 @@ so a message is parsed once and only as far as needed. Every refusal names the f
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from itertools import chain
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
 
 from shipworthy.domain.contract import ANY, Contract, Datatype, Tensor
 from shipworthy.protocols.messages import (
-    InvalidMessage,
-    MalformedMessage,  # noqa: F401  # pyright: ignore[reportUnusedImport]  # caught from here
+    InvalidMessage,  # noqa: F401  # pyright: ignore[reportUnusedImport]  # caught from here
+    MalformedMessage,  # noqa: F401  # pyright: ignore[reportUnusedImport]  # and this
     decoded,
 )
 from shipworthy.protocols.packed import Packed
+from shipworthy.protocols.values import (
+    DATA_ERRORS,
+    ContractViolation,
+    check_64_bits,
+    check_nesting,
+    data_problem,
+    decoder_of,
+    quoted,
+    shortened,
+)
 
 EXTENSIONS: Final[tuple[str, ...]] = ("binary_tensor_data",)
 """Protocol extensions that we speak; `oip_binary` reads and writes this one."""
-
-_SHOWN = 80  # characters of a client's own text that an error message repeats
-
-
-class ContractViolation(InvalidMessage):
-    """Well formed, but not what this model's contract declares."""
 
 
 # --- messages ---------------------------------------------------------------------------------
@@ -241,11 +242,11 @@ class ContractChecker:
             field = f"outputs[{index}].name"
             if output.name not in self._outputs:
                 raise ContractViolation(
-                    f"{field}: the model has no output {_quoted(output.name)};"
+                    f"{field}: the model has no output {quoted(output.name)};"
                     f" it returns {_listed(self._outputs)}"
                 )
             if output.name in seen:
-                raise ContractViolation(f"{field}: {_quoted(output.name)} is given twice")
+                raise ContractViolation(f"{field}: {quoted(output.name)} is given twice")
             seen.add(output.name)
 
 
@@ -265,11 +266,11 @@ def _check_tensors(
         if expected is None:
             verb = "takes" if kind == "inputs" else "returns"
             raise ContractViolation(
-                f"{kind}[{index}].name: the model has no {kind[:-1]} {_quoted(tensor.name)};"
+                f"{kind}[{index}].name: the model has no {kind[:-1]} {quoted(tensor.name)};"
                 f" it {verb} {_listed(declared)}"
             )
         if tensor.name in seen:
-            raise ContractViolation(f"{kind}[{index}].name: {_quoted(tensor.name)} is given twice")
+            raise ContractViolation(f"{kind}[{index}].name: {quoted(tensor.name)} is given twice")
         field = f"{kind}[{index}]"
         _check_declaration(field, tensor, expected)
         data: Any
@@ -280,14 +281,14 @@ def _check_tensors(
         seen[tensor.name] = TensorValues(tensor.name, expected.datatype, tensor.shape, data)
     for name in required:
         if name not in seen:
-            raise ContractViolation(f"{kind}: {_quoted(name)} is missing")
+            raise ContractViolation(f"{kind}: {quoted(name)} is missing")
     return list(seen.values())
 
 
 def _check_declaration(field: str, tensor: TensorMessage, expected: Tensor) -> None:
     if tensor.datatype != expected.datatype:
         raise ContractViolation(
-            f"{field}.datatype: expected {expected.datatype}, got {_quoted(tensor.datatype)}"
+            f"{field}.datatype: expected {expected.datatype}, got {quoted(tensor.datatype)}"
         )
     shape, wanted = tensor.shape, expected.shape
     if len(shape) != len(wanted) or any(
@@ -295,7 +296,7 @@ def _check_declaration(field: str, tensor: TensorMessage, expected: Tensor) -> N
     ):
         note = "; -1 stands for any size from 1 up" if ANY in wanted else ""
         raise ContractViolation(
-            f"{field}.shape: expected {list(wanted)}, got {_shortened(str(list(shape)))}{note}"
+            f"{field}.shape: expected {list(wanted)}, got {shortened(str(list(shape)))}{note}"
         )
 
 
@@ -323,56 +324,7 @@ def _one_batch(tensors: Sequence[TensorMessage], declared: Mapping[str, Tensor])
             )
 
 
-# --- data -------------------------------------------------------------------------------------
-
-_FP16_MAX = 65504.0
-_FP32_MAX = 3.4028234663852886e38
-
-
-def _between(low: int, high: int) -> Any:
-    return Annotated[int, Meta(ge=low, le=high)]
-
-
-_ELEMENTS: Final[dict[str, Any]] = {
-    "BOOL": bool,
-    "UINT8": _between(0, 2**8 - 1),
-    "UINT16": _between(0, 2**16 - 1),
-    "UINT32": _between(0, 2**32 - 1),
-    "UINT64": Annotated[int, Meta(ge=0)],  # msgspec's bounds end at 63 bits: see _fits_64_bits
-    "INT8": _between(-(2**7), 2**7 - 1),
-    "INT16": _between(-(2**15), 2**15 - 1),
-    "INT32": _between(-(2**31), 2**31 - 1),
-    "INT64": int,
-    "FP16": Annotated[float, Meta(ge=-_FP16_MAX, le=_FP16_MAX)],
-    "FP32": Annotated[float, Meta(ge=-_FP32_MAX, le=_FP32_MAX)],
-    "FP64": float,
-    "BYTES": str,
-}
-_WANTED: Final[dict[str, str]] = {
-    "BOOL": "true or false",
-    "UINT8": "an integer from 0 to 255",
-    "UINT16": "an integer from 0 to 65535",
-    "UINT32": "an integer from 0 to 4294967295",
-    "UINT64": "an integer from 0 to 18446744073709551615",
-    "INT8": "an integer from -128 to 127",
-    "INT16": "an integer from -32768 to 32767",
-    "INT32": "an integer from -2147483648 to 2147483647",
-    "INT64": "an integer from -9223372036854775808 to 9223372036854775807",
-    "FP16": "a number from -65504 to 65504",
-    "FP32": "a number that fits 32 bits",
-    "FP64": "a number that fits 64 bits",
-    "BYTES": "a string",
-}
-_INT64: Final = {"UINT64": (0, 2**64 - 1), "INT64": (-(2**63), 2**63 - 1)}
-
-
-@cache
-def _data_decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
-    """Reads lists of this type, nested `depth` deep."""
-    kind: Any = _ELEMENTS[datatype]
-    for _ in range(depth):
-        kind = list[kind]
-    return msgspec.json.Decoder(kind)
+# --- data ---------------------------------------------------------------------------------------
 
 
 def _values(field: str, tensor: TensorMessage, datatype: Datatype) -> list[Any]:
@@ -380,24 +332,23 @@ def _values(field: str, tensor: TensorMessage, datatype: Datatype) -> list[Any]:
     depth = 1
     try:
         try:
-            values = _data_decoder(datatype, 1).decode(tensor.data)
+            values = decoder_of(datatype, 1).decode(tensor.data)
         except msgspec.ValidationError as error:
             if len(tensor.shape) < 2 or not str(error).endswith("got `array` - at `$[0]`"):
                 raise
             depth = len(tensor.shape)
-            values = _data_decoder(datatype, depth).decode(tensor.data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ContractViolation(_data_problem(field, error, datatype)) from None
+            values = decoder_of(datatype, depth).decode(tensor.data)
+    except DATA_ERRORS as error:
+        raise ContractViolation(data_problem(field, error, datatype)) from None
     if depth > 1:
-        if not _is_nested(values, tensor.shape):
-            _check_nested(field, values, tensor.shape)
+        check_nesting(field, values, tensor.shape)
     elif len(values) != math.prod(tensor.shape):
         raise ContractViolation(
-            f"{field}: expected {_shortened(str(math.prod(tensor.shape)))} values for shape"
-            f" {_shortened(str(list(tensor.shape)))}, got {len(values)}"
+            f"{field}: expected {shortened(str(math.prod(tensor.shape)))} values for shape"
+            f" {shortened(str(list(tensor.shape)))}, got {len(values)}"
         )
-    if datatype in _INT64:
-        _fits_64_bits(field, values, datatype)
+    if datatype in ("INT64", "UINT64"):
+        check_64_bits(field, values, datatype)
     return values
 
 
@@ -406,79 +357,10 @@ def _packed(field: str, tensor: PackedTensor, datatype: Datatype) -> Packed:
     problem = packed.problem(math.prod(tensor.shape))
     if problem is not None:
         raise ContractViolation(
-            f"{field}: its binary data is not {datatype} {_shortened(str(list(tensor.shape)))}:"
-            f" {_shortened(problem)}"
+            f"{field}: its binary data is not {datatype} {shortened(str(list(tensor.shape)))}:"
+            f" {shortened(problem)}"
         )
     return packed
-
-
-def _is_nested(values: list[Any], shape: Sequence[int]) -> bool:
-    """What `_check_nested` says, without naming who is at fault, and so many times faster.
-
-    A million short rows would hold up everybody else's requests for seconds.
-    """
-    if len(values) != shape[0]:
-        return False
-    last = len(shape) - 1
-    for depth in range(1, len(shape)):
-        if set(map(len, values)) != {shape[depth]}:
-            return False
-        if depth < last:
-            values = list(chain.from_iterable(values))
-    return True
-
-
-def _check_nested(field: str, values: list[Any], shape: tuple[int, ...]) -> None:
-    if len(values) != shape[0]:
-        raise ContractViolation(
-            f"{field}: expected {shape[0]} entries as the shape says, got {len(values)}"
-        )
-    if len(shape) > 1:
-        for index, inner in enumerate(values):
-            _check_nested(f"{field}[{index}]", inner, shape[1:])
-
-
-def _fits_64_bits(field: str, values: list[Any], datatype: str) -> None:
-    low, high = _INT64[datatype]
-    if values and isinstance(values[0], int) and low <= min(values) and max(values) <= high:
-        return
-    for index, value in enumerate(values):
-        if isinstance(value, list):
-            _fits_64_bits(f"{field}[{index}]", cast("list[Any]", value), datatype)
-        elif not low <= value <= high:
-            raise ContractViolation(
-                f"{field}[{index}]: expected {_WANTED[datatype]}, got a value out of range"
-            )
-
-
-_AT = re.compile(r" - at `\$\.?(.*)`$")
-_GOT = re.compile(r"got `([^`]*)`")
-
-
-def _data_problem(field: str, error: Exception, datatype: str) -> str:
-    text = str(error)
-    at = _AT.search(text)
-    where = f"{field}{at.group(1) if at else ''}"
-    if isinstance(error, UnicodeDecodeError):
-        return f"{where}: a string is not valid UTF-8"
-    got = _GOT.search(text)
-    if text.startswith("JSON is malformed"):
-        return f"{where}: not JSON: {text.removeprefix('JSON is malformed: ')}"
-    if got is None:
-        return f"{where}: expected {_WANTED[datatype]}, got a value out of range"
-    if not at:
-        return f"{where}: expected an array, got {_json_word(got.group(1))}"
-    wanted = "an array" if text.startswith("Expected `array`") else _WANTED[datatype]
-    return f"{where}: expected {wanted}, got {_json_word(got.group(1))}"
-
-
-def _json_word(kind: str) -> str:
-    words = {"int": "an integer", "float": "a number with a fraction", "str": "a string"}
-    more = {"bool": "true or false", "array": "an array", "object": "an object", "null": "null"}
-    return (words | more).get(kind, kind)
-
-
-# --- words ------------------------------------------------------------------------------------
 
 
 def _plain(tensor: TensorValues) -> dict[str, Any]:
@@ -491,13 +373,5 @@ def _plain(tensor: TensorValues) -> dict[str, Any]:
     }
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
-
-
-def _quoted(name: str) -> str:
-    return _encoder.encode(_shortened(name)).decode()
-
-
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(_quoted, names)) or "none"
+    return ", ".join(map(quoted, names)) or "none"
