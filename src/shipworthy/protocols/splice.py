@@ -21,12 +21,21 @@ def replaced(body: bytes, fields: dict[str, msgspec.Raw], name: str, value: byte
     changed = {**fields, name: msgspec.Raw(value)}
     encoded = _encode(changed)
     before = len(fields[name])
-    if len(encoded) - len(value) == len(body) - before:
+    spaces = len(body) - before - (len(encoded) - len(value))
+    if not spaces:
         return encoded  # without spaces or escapes there is one way only to write it
+    if spaces == 2 * len(fields) - 1 and _spaced(fields) == body:
+        return _spaced(changed)
     at = _place(body, fields, name)
     if at is None:
         return encoded
     return b"%b%b%b" % (body[:at], value, body[at + before :])
+
+
+def _spaced(fields: dict[str, msgspec.Raw]) -> bytes:
+    """The object as Python's json module writes it, which is worth not searching through."""
+    pairs = [b"%b: %b" % (_encode(name), bytes(value)) for name, value in fields.items()]
+    return b"{%b}" % b", ".join(pairs)
 
 
 def _place(body: bytes, fields: dict[str, msgspec.Raw], name: str) -> int | None:

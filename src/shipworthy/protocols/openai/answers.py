@@ -12,9 +12,8 @@ from shipworthy.domain.contract import Operation
 from shipworthy.protocols.events import parsed
 from shipworthy.protocols.messages import MalformedMessage, decoded
 from shipworthy.protocols.openai.documents import error_text
-from shipworthy.protocols.openai.text import Content, given, length
+from shipworthy.protocols.openai.text import ABSENT, given, length
 
-_EMPTY = Raw()
 _SENSIBLE = 2**40  # no call uses more tokens
 
 
@@ -41,8 +40,8 @@ class Answered(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Function(msgspec.Struct, gc=False):
-    name: str | None = None
-    arguments: Raw = _EMPTY
+    name: Raw = ABSENT
+    arguments: Raw = ABSENT
 
 
 class _ToolCall(msgspec.Struct, gc=False):
@@ -52,20 +51,20 @@ class _ToolCall(msgspec.Struct, gc=False):
 class _Said(msgspec.Struct, gc=False):
     """A message, or a piece of one."""
 
-    content: Content = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    refusal: str | None = None
+    content: Raw = ABSENT
+    reasoning_content: Raw = ABSENT
+    reasoning: Raw = ABSENT
+    refusal: Raw = ABSENT
     tool_calls: list[_ToolCall] | None = None
     function_call: _Function | None = None
-    audio: Raw = _EMPTY
+    audio: Raw = ABSENT
 
 
 class _Choice(msgspec.Struct, gc=False):
     index: int = 0
     message: _Said | None = None
     delta: _Said | None = None
-    text: str | None = None
+    text: Raw = ABSENT
     finish_reason: str | None = None
 
 
@@ -73,8 +72,8 @@ class _Reply(msgspec.Struct, gc=False):
     """An answer to chat or completions, or a piece of one."""
 
     choices: list[_Choice] | None = None
-    usage: Raw = _EMPTY
-    error: Raw = _EMPTY
+    usage: Raw = ABSENT
+    error: Raw = ABSENT
     object: str | None = None
 
 
@@ -84,8 +83,8 @@ class _Vector(msgspec.Struct, gc=False):
 
 class _Vectors(msgspec.Struct, gc=False):
     data: list[_Vector] | None = None
-    usage: Raw = _EMPTY
-    error: Raw = _EMPTY
+    usage: Raw = ABSENT
+    error: Raw = ABSENT
 
 
 class _CachedTokens(msgspec.Struct, gc=False):
@@ -121,7 +120,7 @@ def read_answer(operation: Operation, body: bytes) -> Answered:
         if said is not None:
             size += _said(said)
             tools = tools or bool(said.tool_calls) or said.function_call is not None
-        elif operation == "chat" or choice.text is None:
+        elif operation == "chat" or not given(choice.text):
             field = "message" if operation == "chat" else "text"
             return Answered(problem=f"choices[{index}].{field}: missing")
         size += length(choice.text)
@@ -139,9 +138,8 @@ def _read_vectors(vectors: _Vectors, body: bytes) -> Answered:
 
 def _said(said: _Said) -> int:
     """How many bytes of text it comes to."""
-    size = length(said.content)
-    if said.reasoning_content or said.reasoning or said.refusal:
-        size += length(said.reasoning_content or said.reasoning) + length(said.refusal)
+    size = length(said.content) + length(said.refusal)
+    size += length(said.reasoning_content) or length(said.reasoning)  # two names of one thing
     if said.tool_calls:
         for call in said.tool_calls:
             size += _called(call.function)
@@ -151,7 +149,7 @@ def _said(said: _Said) -> int:
 def _called(function: _Function | None) -> int:
     if function is None:
         return 0
-    return length(function.name) + max(0, len(function.arguments) - 2)  # without its quotes
+    return length(function.name) + length(function.arguments)
 
 
 def _usage(raw: Raw) -> Usage | None:
@@ -262,7 +260,7 @@ class StreamReader:
         size, content = 0, False
         for choice in choices:
             index = choice.index
-            self._highest = max(self._highest, index)  # max() takes longer
+            self._highest = max(self._highest, index)
             if choice.finish_reason:
                 self._finishes[index] = choice.finish_reason
             said = choice.delta if self._chat else None

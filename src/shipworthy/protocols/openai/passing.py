@@ -10,7 +10,7 @@ from shipworthy.protocols.events import event as sent
 from shipworthy.protocols.events import parsed
 from shipworthy.protocols.messages import InvalidMessage
 from shipworthy.protocols.openai.requests import OpenAIRequest
-from shipworthy.protocols.openai.text import given, length
+from shipworthy.protocols.openai.text import given
 from shipworthy.protocols.splice import replaced
 
 _encode = msgspec.json.Encoder().encode
@@ -56,7 +56,7 @@ def with_behaviour(request: OpenAIRequest, behaviour: Behaviour | None) -> OpenA
     size = request.text_bytes
     if behaviour.system:
         copies = request.messages if request.operation == "completions" else 1
-        size += copies * length(behaviour.system)
+        size += copies * len(_encode(behaviour.system))
     if behaviour.tools and request.operation == "chat" and not request.tools:
         size += len(_encode(behaviour.tools))
     limit, n = request.max_tokens, request.n

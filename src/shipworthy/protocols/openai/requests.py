@@ -5,25 +5,23 @@ from __future__ import annotations
 from typing import Annotated, Any, Final
 
 import msgspec
-from msgspec import UNSET, Meta, Raw, UnsetType
+from msgspec import Meta, Raw
 
 from shipworthy.domain.contract import Operation
 from shipworthy.protocols.messages import InvalidMessage, decoded
-from shipworthy.protocols.openai.text import Content, given, length
+from shipworthy.protocols.openai.text import ABSENT, given, items, length
 
 BYTES_PER_TOKEN: Final = 4
 """What a token stands for in English text, by OpenAI's own rule of thumb."""
-
-_EMPTY = Raw()
 
 
 class OpenAIRequest(msgspec.Struct, frozen=True, gc=False):
     """What a request says that a gateway has to know.
 
-    `messages` counts the messages, prompts or inputs. `text_bytes` is the size in UTF-8 of the text
-    that the model reads, tools included and pictures not; token ids count as their text would.
-    `tools` and `stream_options` tell whether the client brings its own; `include_usage` whether it
-    wants the usage at the end of a stream. `max_tokens` is None where the client sets no limit.
+    `messages` counts the messages, prompts or inputs. `text_bytes` is the size of the text that the
+    model reads, tools included and pictures not, as the JSON has it; token ids count as their text
+    would. `tools` tells whether the client brings its own, `include_usage` whether it wants the
+    usage at the end of a stream. `max_tokens` is None where the client sets no limit.
     """
 
     operation: Operation
@@ -43,8 +41,8 @@ class _StreamOptions(msgspec.Struct, gc=False):
 
 
 class _Message(msgspec.Struct, gc=False):
-    content: Content = None
-    tool_calls: Raw = _EMPTY
+    content: Raw = ABSENT
+    tool_calls: Raw = ABSENT
 
 
 class _Asked(msgspec.Struct, gc=False):
@@ -57,11 +55,8 @@ class _Asked(msgspec.Struct, gc=False):
     n: Annotated[int, Meta(ge=1, le=2**31)] | None = None
     max_tokens: Annotated[int, Meta(le=2**53)] | None = None
     max_completion_tokens: Annotated[int, Meta(le=2**53)] | None = None
-    tools: Raw = _EMPTY
-    functions: Raw = _EMPTY
-
-
-_Texts = str | list[str | int | list[int] | dict[str, Raw]] | None
+    tools: Raw = ABSENT
+    functions: Raw = ABSENT
 
 
 class _Chat(_Asked, gc=False):
@@ -79,23 +74,23 @@ class _Chat(_Asked, gc=False):
 
 
 class _Completion(_Asked, gc=False):
-    prompt: _Texts | UnsetType = UNSET
+    prompt: Raw = ABSENT
 
     def sizes(self) -> tuple[int, int]:
         """Number and size of what the model is given to read."""
-        if self.prompt is UNSET:
+        if not self.prompt:
             raise InvalidMessage("prompt: missing; send the text that is to be completed")
-        return _sizes(self.prompt)
+        return _sizes("prompt", self.prompt)
 
 
 class _Embedding(_Asked, gc=False):
-    input: _Texts | UnsetType = UNSET
+    input: Raw = ABSENT
 
     def sizes(self) -> tuple[int, int]:
         """Number and size of what the model is given to read."""
-        if self.input is UNSET or self.input is None:
+        if not given(self.input):
             raise InvalidMessage("input: missing; send the text that is to be embedded")
-        return _sizes(self.input)
+        return _sizes("input", self.input)
 
 
 _requests: Final[dict[Operation, msgspec.json.Decoder[Any]]] = {
@@ -145,17 +140,23 @@ def estimate_tokens(text_bytes: int) -> int:
     return -(-text_bytes // BYTES_PER_TOKEN)
 
 
-def _sizes(texts: _Texts) -> tuple[int, int]:
-    if texts is None:
-        return 0, 0
-    if isinstance(texts, str):
-        return 1, length(texts)
-    if texts and isinstance(texts[0], int):
-        return 1, len(texts) * BYTES_PER_TOKEN
-    size = 0
-    for text in texts:
-        if isinstance(text, str):
-            size += length(text)
-        elif isinstance(text, list):
-            size += len(text) * BYTES_PER_TOKEN
-    return len(texts), size
+def _sizes(field: str, texts: Raw) -> tuple[int, int]:
+    """Number and size of prompts or inputs: a text, token ids, or several of either."""
+    content = bytes(texts)
+    if content == b"null":
+        return 1, 0
+    if content.startswith(b'"'):
+        return 1, len(content) - 2
+    if not content.startswith(b"["):
+        raise InvalidMessage(f"{field}: expected a text or an array, got neither")
+    if content[1:].lstrip()[:1] in b"-0123456789":
+        return 1, _ids(content)
+    several = items.decode(content)
+    return len(several), sum(_ids(bytes(one)) or length(one) for one in several)
+
+
+def _ids(content: bytes) -> int:
+    """What an array of token ids comes to; 0 when it is anything else."""
+    if content[:1] != b"[" or b'"' in content:
+        return 0
+    return (content.count(b",") + 1) * BYTES_PER_TOKEN
