@@ -20,8 +20,8 @@ from shipworthy.domain.plan import Limits
 MICROS: Final = 1_000_000
 """The unit in which money is counted, per unit of the team's currency."""
 
-MOST: Final = (1 << 39) - 1
-"""More tokens or requests than this are not told apart; money by day has another 512 times."""
+MOST: Final = (1 << 40) - 1
+"""More tokens, or millionths of money, than this are not told apart."""
 
 _NO_BOUND: Final = 1 << 62
 _MINUTE: Final = 60
@@ -77,18 +77,16 @@ def micros_of(money: float) -> int:
     """Money in millionths, rounded up; nothing for what is no amount of money."""
     if not money > 0:
         return 0
-    return math.ceil(money * MICROS) if money < MOST else MOST * MICROS
+    return math.ceil(money * MICROS) if money * MICROS < MOST else MOST
 
 
-def fits(bounds: Bounds, usage: Usage, left: float) -> bool:
-    """Whether the usage, a request's own reservation in it, is within its bounds.
-
-    `left` is the part of the minute before that lies within the last sixty seconds.
-    """
+def fits(bounds: Bounds, usage: Usage, now: float) -> bool:
+    """Whether the usage, a request's own reservation in it, is within its bounds."""
     requests_before, requests, tokens_before, tokens, spent, running = usage
+    left = _MINUTE - now % _MINUTE  # of the minute before, what lies within the last 60 s
     return (
-        requests + int(requests_before * left) <= bounds[0]
-        and tokens + int(tokens_before * left) <= bounds[1]
+        requests + int(requests_before * left / _MINUTE) <= bounds[0]
+        and tokens + int(tokens_before * left / _MINUTE) <= bounds[1]
         and running <= bounds[2]
         and spent <= bounds[3]
     )

@@ -6,9 +6,10 @@ without these; whatever fits a port fits here.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Protocol
 
+from shipworthy.domain.limits import Usage
 from shipworthy.domain.records import Record
 
 Clock = Callable[[], float]
@@ -25,6 +26,38 @@ class Journal(Protocol):
 
     def append(self, record: Record) -> bool:
         """Whether the record is written (`write(2)` returned); False when it was dropped."""
+        ...
+
+
+class UsageRow(Protocol):
+    """What all workers of a host have used on behalf of one key or model."""
+
+    def add(
+        self, minute: int, day: int, requests: int, tokens: int, micros: int, running: int
+    ) -> None:
+        """Count more, in that minute and day of the Unix epoch."""
+        ...
+
+    def take_back(
+        self, minute: int, day: int, requests: int, tokens: int, micros: int, running: int
+    ) -> None:
+        """Count less of what was added in that minute and day, as far as it still counts."""
+        ...
+
+    def usage(self, minute: int, day: int) -> Usage:
+        """What all workers have counted."""
+        ...
+
+
+class UsageTable(Protocol):
+    """Rows that all workers of a host share."""
+
+    def rows(self, wanted: Iterable[str]) -> Mapping[str, UsageRow]:
+        """The rows of those names; what others had counts no more for this worker."""
+        ...
+
+    def fence(self) -> None:
+        """Let other workers see what was added before anything that is read from here on."""
         ...
 
 
