@@ -137,20 +137,24 @@ _GOT = re.compile(r"got `([^`]*)`")
 
 def data_problem(field: str, error: Exception, datatype: str) -> str:
     """A decoder's error as the field, what was expected there and what came."""
-    text = str(error)
-    at = _AT.search(text)
+    at = _AT.search(str(error))
     where = f"{field}{at.group(1) if at else ''}"
+    return f"{where}: {expectation(error, datatype, listed=at is None)}"
+
+
+def expectation(error: Exception, datatype: str, *, listed: bool = False) -> str:
+    """What a decoder expected and what came, wherever that was; `listed`: it wanted a list."""
     if isinstance(error, UnicodeDecodeError):
-        return f"{where}: a string is not valid UTF-8"
+        return "a string is not valid UTF-8"
+    text = str(error)
     got = _GOT.search(text)
     if text.startswith("JSON is malformed"):
-        return f"{where}: not JSON: {text.removeprefix('JSON is malformed: ')}"
+        return f"not JSON: {text.removeprefix('JSON is malformed: ')}"
     if got is None:
-        return f"{where}: expected {WANTED[datatype]}, got a value out of range"
-    if not at:
-        return f"{where}: expected an array, got {_json_word(got.group(1))}"
-    wanted = "an array" if text.startswith("Expected `array`") else WANTED[datatype]
-    return f"{where}: expected {wanted}, got {_json_word(got.group(1))}"
+        return f"expected {WANTED[datatype]}, got a value out of range"
+    if listed or text.startswith("Expected `array`"):
+        return f"expected an array, got {_json_word(got.group(1))}"
+    return f"expected {WANTED[datatype]}, got {_json_word(got.group(1))}"
 
 
 def _json_word(kind: str) -> str:
