@@ -14,6 +14,7 @@ from shipworthy.protocols.messages import InvalidMessage
 DONE: Final = b"data: [DONE]\n\n"
 """How OpenAI's protocol says that a stream is over."""
 
+_CR = ord("\r")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -44,11 +45,14 @@ class EventSplitter:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The events that these bytes complete; EventTooLarge when one exceeds `max_event`."""
-        end = _uniform_end(data)
-        if end and not self._buffer and len(data) <= self._max:
-            *events, rest = data.split(end)
-            if not rest:
-                return [event + end for event in events]
+        if not self._buffer and len(data) <= self._max:
+            end = _uniform_end(data)
+            if end and data.endswith(end):
+                if data.find(end) == len(data) - len(end):
+                    return [data]
+                *events, rest = data.split(end)
+                if not rest:
+                    return [event + end for event in events]
         self._returns = self._returns or b"\r" in data
         buffer: bytes | bytearray = data
         if self._buffer:
@@ -64,7 +68,7 @@ class EventSplitter:
             events.append(bytes(buffer[start:end]))
             start = scan = end
         self._keep(buffer, start, scan)
-        if size > self._max and max(size - start, *map(len, events)) > self._max:
+        if size > self._max and max(size - start, 0, *map(len, events)) > self._max:
             raise EventTooLarge(f"stream: an event is longer than {self._max} bytes")
         return events
 
@@ -97,7 +101,8 @@ def _end(buffer: bytes | bytearray, scan: int, *, returns: bool) -> tuple[int, i
             if twice >= 0:
                 return twice + 2, 0
         if line < 0:
-            return 0, size - 1 if returns and size and buffer[-1] == 13 else size
+            half = returns and size > scan and buffer[-1] == _CR  # of what may become two
+            return 0, size - half
         following = buffer[line + 1 : line + 3]
         if following[:1] == b"\n":
             return line + 2, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import Any
 
 import msgspec
 from msgspec import Raw
@@ -12,8 +13,10 @@ from shipworthy.domain.contract import Operation
 from shipworthy.protocols.events import parsed
 from shipworthy.protocols.messages import MalformedMessage, decoded
 from shipworthy.protocols.openai.documents import error_text
+from shipworthy.protocols.openai.passing import rename_event
 from shipworthy.protocols.openai.text import ABSENT, given, length
 
+_encode = msgspec.json.Encoder().encode
 _SENSIBLE = 2**40  # no call uses more tokens
 
 
@@ -75,6 +78,7 @@ class _Reply(msgspec.Struct, gc=False):
     usage: Raw = ABSENT
     error: Raw = ABSENT
     object: str | None = None
+    model: Any = None
 
 
 class _Vector(msgspec.Struct, gc=False):
@@ -204,6 +208,8 @@ class StreamReader:
         "_chat",
         "_finishes",
         "_highest",
+        "_model",
+        "_names",
         "content_events",
         "done",
         "error",
@@ -222,6 +228,8 @@ class StreamReader:
         self.error = ""
         self._finishes: dict[int, str] = {}
         self._highest = 0
+        self._model: object = None  # which the event seen last names
+        self._names: tuple[object, str, bytes, bytes] = (None, "", b"", b"")
 
     @property
     def finish(self) -> str:
@@ -236,6 +244,7 @@ class StreamReader:
     def see(self, event: bytes) -> Seen:
         """What this event is; it is counted in."""
         name, data = parsed(event)
+        self._model = None
         if data is None:
             return Seen.OTHER
         if data == b"[DONE]":
@@ -249,12 +258,27 @@ class StreamReader:
         if name == b"error" or given(chunk.error) or chunk.object == "error":
             self.error = error_text(data)
             return Seen.ERROR
+        self._model = chunk.model
         usage = _usage(chunk.usage)
         if usage is not None:
             self.usage = usage
         if not chunk.choices:
             return Seen.OTHER if usage is None else Seen.USAGE
         return self._read(chunk.choices)
+
+    def renamed(self, event: bytes, served_model: str, model: str) -> bytes:
+        """The event seen last as `rename_event` has it, for less."""
+        named = self._model
+        if not isinstance(named, str) or served_model == model or named == model:
+            return event
+        if event.count(b'"model"') == 1 and b"\\u006" not in event:  # no other key can be meant
+            if self._names[:2] != (named, model):
+                key = b'"model":'
+                self._names = (named, model, key + _encode(named), key + _encode(model))
+            changed = event.replace(self._names[2], self._names[3])
+            if changed != event:
+                return changed
+        return rename_event(event, served_model, model)
 
     def _read(self, choices: list[_Choice]) -> Seen:
         size, content = 0, False
@@ -270,7 +294,7 @@ class StreamReader:
             size += _said(said)
             if said.tool_calls or said.function_call is not None:
                 self.tool_calls = content = True
-            elif given(said.audio):
+            elif len(said.audio) > 4:
                 content = True
         if not size and not content:
             return Seen.OTHER
