@@ -25,7 +25,7 @@ from urllib.parse import quote
 
 from pydantic import Field
 
-from shipworthy.domain.manifest import Document
+from shipworthy.domain.manifest import Document, matching
 from shipworthy.domain.policy import Duration
 from shipworthy.errors import NotFound, UsageError
 from shipworthy.protocols.documents import read_document
@@ -35,12 +35,40 @@ STATE = ".shipworthy"
 MEBIBYTE = 1024 * 1024
 
 
+class OtlpSettings(Document):
+    """Where spans of requests are sent; `sample` is the share of traces that begin here.
+
+    `endpoint` is the base address of an OpenTelemetry collector. `headers` refer to secrets.
+    """
+
+    endpoint: Annotated[
+        str,
+        matching(
+            r"https?://[^\s/@?#]+(/[^\s?#]*)?",
+            "an http:// or https:// address without a name, password or query;"
+            " what proves who you are goes into headers",
+        ),
+    ]
+    headers: dict[
+        Annotated[str, matching(r"[A-Za-z0-9-]+", "the name of a header")],
+        Annotated[
+            str,
+            matching(
+                r"(env|file):\S+",
+                "env:NAME or file:PATH, a reference to the value and never the value itself",
+            ),
+        ],
+    ] = Field(default_factory=dict[str, str])
+    sample: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+
+
 class GatewaySettings(Document):
     """Where clients call, and how much one request may bring. Port 0 takes any free one."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8080
     max_body_bytes: Annotated[int, Field(ge=1024, le=1024 * MEBIBYTE)] = 10 * MEBIBYTE
+    otlp: OtlpSettings | None = None
 
 
 class JournalSettings(Document):

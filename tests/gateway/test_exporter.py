@@ -199,6 +199,7 @@ def test_a_language_models_span_follows_the_conventions(collector) -> None:
         first_content_seconds=0.25,
         finish="stop",
         cost=0.5,
+        attempt_seconds=0.4375,
         tokens_estimated=True,
     )
     [span] = sent(collector, (told, context()))
@@ -226,6 +227,7 @@ def test_a_language_models_span_follows_the_conventions(collector) -> None:
         "shipworthy.outcome": "success",
         "shipworthy.protocol": "openai",
         "shipworthy.attempts": 1,
+        "shipworthy.attempt_seconds": 0.4375,
         "shipworthy.fallback": False,
         "shipworthy.cost": 0.5,
         "shipworthy.tokens_estimated": True,

@@ -27,7 +27,8 @@ def resolve(reference: str | None) -> str | None:
             value = ""
     if not value or not value.isascii() or not value.isprintable():
         _log.error(
-            "the credential %s holds nothing that can be sent; set it and publish the plan again",
+            "the credential %s holds nothing that can be sent; set it, and publish the plan again"
+            " or restart 'shipworthy up'",
             f"{kind}:{where}" if kind in ("env", "file") else "of an endpoint",
         )
         return None

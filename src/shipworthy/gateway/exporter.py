@@ -22,6 +22,11 @@ from shipworthy.gateway.traces import Sampler, TraceContext
 
 _log = logging.getLogger("shipworthy.gateway")
 
+NO_EXTRA: Final = (
+    "gateway.otlp needs packages that are not installed; install shipworthy[otlp], or take"
+    " gateway.otlp out of shipworthy.yaml"
+)
+
 _MAX_QUEUED: Final = 4096
 _BATCH: Final = 64
 _FLUSH_SECONDS: Final = 0.5
@@ -149,8 +154,5 @@ def export_spans(
     try:
         from shipworthy.gateway.otlp import OtlpCollector
     except ImportError as error:
-        raise UsageError(
-            "gateway.otlp needs packages that are not here; install shipworthy[otlp], or take"
-            f" gateway.otlp out of shipworthy.yaml ({error})"
-        ) from error
+        raise UsageError(NO_EXTRA) from error
     return SpanExporter(OtlpCollector(endpoint, headers, worker=worker, seconds=seconds), sampler)

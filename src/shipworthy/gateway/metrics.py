@@ -75,6 +75,10 @@ class Metrics:
             "last_drop_timestamp_seconds", "When a record was last not written."
         )
         self._dropped_before: defaultdict[str, int] = defaultdict(int)
+        self._spans = self._counter(
+            "spans_dropped", "Requests whose spans were not sent to the collector.", "why"
+        )
+        self._spans_before: defaultdict[str, int] = defaultdict(int)
         self.redactions = self._counter(
             "redactions", "What was replaced before records were written.", "plan", "pattern"
         )
@@ -193,6 +197,12 @@ class Metrics:
                 self.last_drop.set(now)
             self.dropped.labels(why).inc(count - self._dropped_before[why])
             self._dropped_before[why] = count
+
+    def settle_spans(self, counts: Mapping[str, int]) -> None:
+        """Take over for how many requests no spans were sent so far, by reason."""
+        for why, count in counts.items():
+            self._spans.labels(why).inc(count - self._spans_before[why])
+            self._spans_before[why] = count
 
     def settle(self) -> None:
         """Let the other workers know what was counted; to be called every second."""

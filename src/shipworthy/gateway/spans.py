@@ -75,6 +75,7 @@ class Told(NamedTuple):
     operation: str
     stream: bool
     attempts: int
+    attempt_seconds: float | None
     input_tokens: int | None
     output_tokens: int | None
     cached_tokens: int | None
@@ -169,8 +170,11 @@ def _attributes(call: Told) -> Attributes:
         "shipworthy.serving_release": call.serving_release,
     }
     attributes.update({name: value for name, value in given.items() if value})
-    if call.cost is not None:
-        attributes["shipworthy.cost"] = call.cost
+    measured = {
+        "shipworthy.attempt_seconds": call.attempt_seconds,
+        "shipworthy.cost": call.cost,
+    }
+    attributes.update({name: value for name, value in measured.items() if value is not None})
     return attributes
 
 
