@@ -13,8 +13,6 @@ import math
 from collections.abc import Iterable
 from typing import Any, Final, Literal, NamedTuple
 
-import msgspec
-
 from shipworthy.domain.plan import Limits
 
 MICROS: Final = 1_000_000
@@ -44,7 +42,7 @@ class Bounds(NamedTuple):
 
 
 class Excess(NamedTuple):
-    """A limit that a request would exceed; `wait` is in seconds, None when waiting won't help."""
+    """A limit that a request would exceed, and so for `wait` seconds; None is for ever."""
 
     what: What
     wait: float | None
@@ -111,7 +109,7 @@ def _excesses(
     yield _excess("requests", 1, bounds.requests, usage[0], usage[1], second)
     yield _excess("tokens", tokens, bounds.tokens, usage[2], usage[3], second)
     if usage[5] >= bounds.concurrency:
-        yield Excess("concurrency", 1.0 if bounds.concurrency else None)
+        yield Excess("concurrency", 0.0 if bounds.concurrency else None)
     if usage[4] + micros > bounds.micros:
         yield Excess("budget", _DAY - now % _DAY if micros <= bounds.micros else None)
 
@@ -126,8 +124,9 @@ def _excess(
     if int(before * (_MINUTE - second) / _MINUTE) <= room:
         return None
     if room >= 0:  # as soon as enough of the minute before has gone by
-        return Excess(what, _MINUTE * (1 - room / before) - second)
-    return Excess(what, _MINUTE - second + _MINUTE * max(0.0, 1 - (bound - need) / used))
+        return Excess(what, _MINUTE * (1 - (room + 1) / before) - second)
+    room += used  # once this minute is the one before
+    return Excess(what, _MINUTE - second + _MINUTE * max(0.0, 1 - (room + 1) / used))
 
 
 def requests_share(bounds: Bounds, usage: Usage, now: float) -> Share:
@@ -184,7 +183,7 @@ def retry_headers(excess: Excess) -> list[tuple[bytes, bytes]]:
 
 def wait_seconds(excess: Excess) -> int:
     """Whole seconds after which to ask again, one at least."""
-    return max(1, math.ceil(excess.wait or 0.0))
+    return math.floor(excess.wait or 0.0) + 1
 
 
 def refusal_text(who: str, limits: Limits, excess: Excess, *, tokens: int, cost: float) -> str:
@@ -196,7 +195,7 @@ def refusal_text(who: str, limits: Limits, excess: Excess, *, tokens: int, cost:
         return f"{who} has its {limit} under way; ask again when one has ended"
     if excess.what == "budget":
         return (
-            f"{who} has no more left of its {limit} than others have reserved or spent;"
+            f"{who} has not enough left of its {limit} for this request;"
             f" it begins anew at midnight UTC, in {_words(wait_seconds(excess))}"
         )
     return f"{who} has used its {limit}; ask again in {wait_seconds(excess)} s"
@@ -235,8 +234,3 @@ def _duration(seconds: int) -> bytes:
     """Such as `1m12s`, which is how OpenAI's API writes a time."""
     minutes, rest = divmod(seconds, _MINUTE)
     return b"%dm%ds" % (minutes, rest) if minutes else b"%ds" % rest
-
-
-def with_limits(limits: Limits, changes: dict[str, Any]) -> Limits:
-    """The limits with some of them changed; None takes one away."""
-    return msgspec.structs.replace(limits, **changes)

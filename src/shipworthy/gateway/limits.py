@@ -233,7 +233,7 @@ def _meter(before: _Meter | None, side: Side, id: str, limits: Limits, row: Usag
 
 def _crowded(meter: _Meter) -> Denial:
     """Refuse what fits, but for others that keep trying for the last place."""
-    excess = Excess("requests", 1.0)
+    excess = Excess("requests", 0.0)
     message = f"the {meter.side} {meter.id} has nearly reached its limits; ask again in a second"
     headers = retry_headers(excess)
     return Denial("rate_limit_exceeded", message, headers, excess.what, meter.side)
