@@ -1,22 +1,19 @@
 """Spans on their way to a collector: a real one over HTTP, good and bad, and in nobody's way."""
 
-import gzip
 import logging
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SentSpan
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
+from tests.collector import FakeCollector, attributes, fake_collector
 
 from shipworthy.domain.records import InferenceRecord, Outcome
 from shipworthy.errors import UsageError
@@ -65,72 +62,10 @@ def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
     return found
 
 
-class FakeCollector(ThreadingHTTPServer):
-    """Takes what an OpenTelemetry collector takes, over HTTP, and can misbehave."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.requests: list[ExportTraceServiceRequest] = []
-        self.headers: list[dict[str, str]] = []
-        self.paths: list[str] = []
-        self.status = 200
-        self.reply: dict[str, str] = {}
-        self.hang = threading.Event()
-        self.hang.set()
-
-    @property
-    def spans(self) -> list[SentSpan]:
-        return [
-            span
-            for request in list(self.requests)
-            for resource in request.resource_spans
-            for scope in resource.scope_spans
-            for span in scope.spans
-        ]
-
-    def handle_error(self, request, client_address) -> None:
-        """A client that gave up is what some tests are about."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: FakeCollector  # type: ignore[reportIncompatibleVariableOverride]
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
-        if self.headers.get("content-encoding") == "gzip":
-            body = gzip.decompress(body)
-        message = ExportTraceServiceRequest.FromString(body)
-        self.server.headers.append({k.lower(): v for k, v in self.headers.items()})
-        self.server.paths.append(self.path)
-        self.server.hang.wait(60)
-        if self.server.status == 200:
-            self.server.requests.append(message)
-        self.send_response(self.server.status)
-        for name, value in self.server.reply.items():
-            self.send_header(name, value)
-        self.send_header("content-length", "0")
-        self.end_headers()
-
-    def log_message(self, format, *args) -> None:  # noqa: A002  # its name there
-        """Say nothing."""
-
-
 @pytest.fixture
 def collector() -> Iterator[FakeCollector]:
-    server = FakeCollector()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
+    with fake_collector() as server:
         yield server
-    finally:
-        server.hang.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @contextmanager
@@ -151,17 +86,6 @@ def sent(collector: FakeCollector, *calls: tuple[Any, ...]) -> list[SentSpan]:
     exporter.close(30.0)
     assert not any(exporter.dropped.values())
     return collector.spans
-
-
-def attributes(span: SentSpan) -> dict[str, Any]:
-    found = {}
-    for one in span.attributes:
-        kind = one.value.WhichOneof("value") or ""
-        value = getattr(one.value, kind)
-        if kind == "array_value":
-            value = [part.string_value for part in value.values]
-        found[one.key] = value
-    return found
 
 
 def context(**headers: bytes) -> TraceContext:

@@ -98,7 +98,10 @@ class SpanExporter:
         self._closing = True
         self._wake.set()
         self._thread.join(seconds)
-        self.dropped["shutdown"] += len(self._next(len(self._queue)))
+        left = len(self._next(len(self._queue)))
+        if left:
+            self.dropped["shutdown"] += left
+            _log.warning("the spans of %d requests could not be sent before the end", left)
         self._collector.close()
 
     def _run(self) -> None:
