@@ -22,6 +22,7 @@ from shipworthy.domain.limits import (
 )
 from shipworthy.domain.plan import Limits
 
+USED = st.tuples(*[st.integers(0, most) for most in (100, 100, 900, 900)])
 NOON = 1_900_000_800.0 // 86_400 * 86_400 + 43_200
 
 
@@ -86,12 +87,9 @@ def test_who_keeps_below_the_limit_is_never_refused(per_minute: int, slower: flo
         assert minutes.admit(limits, NOON + start + number * spacing, 1)
 
 
-usages = st.tuples(st.integers(0, 100), st.integers(0, 100), st.integers(0, 900), st.integers(0, 900))  # fmt: skip
-
-
-@given(usages, st.integers(1, 40), st.integers(1, 400), st.integers(0, 400), st.floats(0, 59.99))
+@given(USED, st.integers(1, 40), st.integers(1, 400), st.integers(0, 400), st.floats(0, 59.99))
 def test_a_refused_request_fits_after_the_time_that_is_told_and_not_long_before(
-    used: tuple[int, int, int, int], per_minute: int, most: int, tokens: int, second: float
+    used: tuple[int, ...], per_minute: int, most: int, tokens: int, second: float
 ):
     assume(tokens <= most)
     bounds = bounds_of(Limits(requests_per_minute=per_minute, tokens_per_minute=most))
@@ -104,7 +102,8 @@ def test_a_refused_request_fits_after_the_time_that_is_told_and_not_long_before(
         minutes.tokens.update({minute - 1: used[2], minute: used[3]})
         return fits(bounds, minutes.usage(at, 1, tokens), at)
 
-    excess = excess_of(bounds, (*used, 0, 0), tokens=tokens, micros=0, now=now)
+    usage = (used[0], used[1], used[2], used[3], 0, 0)
+    excess = excess_of(bounds, usage, tokens=tokens, micros=0, now=now)
     assert (excess is None) == fitting(now)
     if excess is not None:
         assert excess.wait is not None
@@ -116,6 +115,7 @@ def test_a_request_above_a_whole_limit_is_never_let_through_and_told_so():
     limits = Limits(tokens_per_minute=100, budget_per_day=2.0)
     bounds, nothing = bounds_of(limits), (0, 0, 0, 0, 0, 0)
     excess = excess_of(bounds, nothing, tokens=101, micros=0, now=NOON)
+    assert excess is not None
     assert excess == ("tokens", None)
     text = refusal_text("the key k", limits, excess, tokens=101, cost=0)
     assert "101 tokens" in text
@@ -123,6 +123,7 @@ def test_a_request_above_a_whole_limit_is_never_let_through_and_told_so():
     assert "send a shorter one" in text
     assert retry_headers(excess) == [(b"x-should-retry", b"false")]
     excess = excess_of(bounds, nothing, tokens=1, micros=micros_of(2.5), now=NOON)
+    assert excess is not None
     assert excess == ("budget", None)
     assert "2.5" in refusal_text("the key k", limits, excess, tokens=1, cost=2.5)
 
@@ -139,6 +140,7 @@ def test_a_budget_begins_anew_at_midnight():
     limits = Limits(budget_per_day=2.0)
     usage = (0, 0, 0, 0, 1_900_000, 0)
     excess = excess_of(bounds_of(limits), usage, tokens=0, micros=200_000, now=NOON + 60)
+    assert excess is not None
     assert excess == ("budget", 43_140)
     text = refusal_text("the key k", limits, excess, tokens=0, cost=0.2)
     assert "budget of 2.0 a day" in text
