@@ -35,9 +35,11 @@ def for_upstream(
     fields = _fields.decode(body)
     model = _encode(served_model)
     usage = want_usage and request.stream and not request.include_usage
+    if request.operation == "embeddings":
+        behaviour = None  # there is nothing to say to the model
     if behaviour is None and not usage:
         return replaced(body, fields, "model", model)
-    if behaviour is not None and request.operation != "embeddings":
+    if behaviour is not None:
         _add_sampling(fields, behaviour)
         if request.operation == "chat":
             _add_to_chat(fields, request, behaviour)
