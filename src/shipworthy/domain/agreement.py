@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-import re
 import struct
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -24,6 +23,7 @@ from typing import Any, Final, cast
 import msgspec
 
 from shipworthy.domain.contract import Protocol
+from shipworthy.domain.framing import end_of_json
 
 RELATIVE: Final = 1e-3
 ABSOLUTE: Final = 1e-5
@@ -32,7 +32,6 @@ COSINE: Final = 0.999
 Verdict = tuple[bool | None, str]
 
 _UNKNOWN: Final[Verdict] = (None, "")
-_TRAILING = re.compile(r"trailing characters \(byte (\d+)\)")
 _CODES: Final = {
     "BOOL": "?", "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q",
     "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "FP16": "e", "FP32": "f", "FP64": "d",
@@ -77,7 +76,8 @@ def _tensors(ours: bytes, theirs: bytes) -> Verdict:
 
 def _outputs(body: bytes) -> dict[str, tuple[list[int], str, list[Any]]]:
     """Shape, kind (`FP` for all numbers with a fraction) and flat data by name."""
-    message, binary = _with_binary(body)
+    end = end_of_json(body)
+    message, binary = msgspec.json.decode(body[:end]), body[end:]
     found: dict[str, tuple[list[int], str, list[Any]]] = {}
     for tensor in message["outputs"]:
         datatype: str = tensor["datatype"]
@@ -90,18 +90,6 @@ def _outputs(body: bytes) -> dict[str, tuple[list[int], str, list[Any]]]:
         kind = "FP" if datatype.startswith("FP") else datatype
         found[tensor["name"]] = tensor["shape"], kind, data
     return found
-
-
-def _with_binary(body: bytes) -> tuple[Any, bytes]:
-    """An answer, and what the binary extension puts behind its JSON."""
-    try:
-        return msgspec.json.decode(body), b""
-    except msgspec.DecodeError as error:
-        found = _TRAILING.search(str(error))
-        if found is None:
-            raise
-        end = int(found[1])
-        return msgspec.json.decode(body[:end]), body[end:]
 
 
 def _unpacked(datatype: str, data: bytes) -> list[Any]:

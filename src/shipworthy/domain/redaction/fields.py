@@ -7,11 +7,12 @@ on a path is parsed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
+
+from shipworthy.domain.framing import end_of_json
 
 REDACTED: Final = "[redacted]"
 
@@ -27,11 +28,9 @@ _ROOTS = {
     "outputs": ("predictions",),
 }
 _TENSORS = frozenset(_ROOTS)
-_TRAILING = re.compile(r"trailing characters \(byte (\d+)\)")
 
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _list = msgspec.json.Decoder(list[msgspec.Raw])
-_value = msgspec.json.Decoder(msgspec.Raw)
 _encode = msgspec.json.encode
 _decode = msgspec.json.decode
 
@@ -58,7 +57,7 @@ class Fields:
             return body, 0
         walk = _Walk()
         try:
-            end = _end_of_json(body)
+            end = end_of_json(body)
             found = bytes(walk.value(body[:end], self._tree))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return REDACTED.encode(), 1
@@ -72,18 +71,6 @@ def _plant(tree: _Tree, path: Sequence[str]) -> None:
             return
         tree = below
     tree[path[-1]] = None
-
-
-def _end_of_json(body: bytes) -> int:
-    """Where the JSON ends and something else may begin. Raises msgspec.DecodeError."""
-    try:
-        _value.decode(body)
-    except msgspec.DecodeError as error:
-        found = _TRAILING.search(str(error))
-        if found is None:
-            raise
-        return int(found[1])
-    return len(body)
 
 
 def _may_hold(content: bytes, tree: _Tree) -> bool:

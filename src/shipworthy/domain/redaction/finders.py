@@ -2,7 +2,8 @@
 
 Each finder gives spans. It takes time linear in the text, whatever that holds: a match is tried
 only at places that a plain search finds or a bounded expression begins at, and what repeats never
-overlaps itself. In texts here an escaped quote is `QUOTE`, so that `"` is always one of JSON's own.
+overlaps itself. In texts here an escaped quote is one of `QUOTES`, by how deep the string is
+that it is in, so that `"` is always one of the outermost JSON's own.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import re
 from collections.abc import Callable, Generator, Iterable
 from typing import Final
 
-QUOTE: Final = "\x02"
+QUOTES: Final = "\x02\x03\x04\x05"
 Span = tuple[int, int]
 Finder = Callable[[str], Iterable[Span]]
 
-_QUOTES = "[\"'\x02]"
+_QUOTES = "[\"'\x02-\x05]"
 _GAP = "[ \u00a0\u202f]"
 _SEPARATOR = "[ \u00a0\u202f./()\u2010\u2011\u2013-]"
 
@@ -27,7 +28,7 @@ def _any_of(words: Iterable[str]) -> str:
 # --- email --------------------------------------------------------------------------------------
 
 _DOMAIN = re.compile(r"[\w-]{1,63}+(?:\.[\w-]{1,63}+)++")
-_LOCAL_BACKWARDS = re.compile(r"[\w.!#$%&*+/=?^`{|}~-]{1,128}+")
+_LOCAL_BACKWARDS = re.compile(r"(?:[\w.!#$%&*+^~-]|'(?=\w)){1,128}+")
 _SCALED_IMAGE = re.compile(r"[1-9]x\.\w{3,4}")
 
 
@@ -66,7 +67,9 @@ _PHONES = (
         r"[2-9][0-9]{2}[ .-][0-9]{4}(?![\w]|[.-][0-9])"
     ),
     # 030 1234567, 06 12 34 56 78, (0171) 123-4567
-    re.compile(rf"{_BEFORE}\(?0[1-9](?:{_SEPARATOR}{{0,2}}+[0-9]){{7,10}}(?![\w]|[.-][0-9])"),
+    re.compile(
+        rf"{_BEFORE}(?:\((?=0[0-9]{{1,5}}\)))?0[1-9](?:{_SEPARATOR}{{0,2}}+[0-9]){{7,10}}(?![\w]|[.-][0-9])"
+    ),
     # (11) 91234-5678
     re.compile(
         rf"{_BEFORE}\([1-9][0-9]{{1,3}}\){_GAP}?[0-9]{{3,5}}[ -][0-9]{{3,4}}(?![\w]|[.-][0-9])"
@@ -115,7 +118,7 @@ def _is_phone(found: str) -> bool:
 
 _CARD = re.compile(
     r"(?<![0-9A-Za-z])(?<![0-9][.,])(?:[3-6][0-9]{12,18}|2[2-7][0-9]{14}"
-    "|(?:[4-6][0-9]{3}|2[2-7][0-9]{2})([ .\u00a0-])[0-9]{4}\\1[0-9]{4}\\1[0-9]{1,7}"
+    "|(?:[4-6][0-9]{3}|35[0-9]{2}|2[2-7][0-9]{2})([ .\u00a0-])[0-9]{4}\\1[0-9]{4}\\1[0-9]{1,7}"
     "|3[0-9]{3}([ .\u00a0-])[0-9]{6}\\2[0-9]{4,5}"
     r")(?![0-9A-Za-z]|\.[0-9])"
 )
@@ -186,7 +189,7 @@ _IP6 = re.compile(
 _POINTS = re.compile(r"\.[0-9]{1,3}\.[0-9]")
 _COLONS = re.compile(r":[0-9A-Fa-f]{0,4}:")
 _VERSION_BEFORE = re.compile(
-    r"(?i)(?:version|release|ver|build|v)[\"'\x02]?\.?[ :=]{0,3}[\"'\x02]?$"
+    r"(?i)(?:version|release|ver|build|v)[\"'\x02-\x05]?\.?[ :=]{0,3}[\"'\x02-\x05]?$"
 )
 
 
@@ -223,15 +226,15 @@ def _is_ip6(found: str) -> bool:
 # --- secret -------------------------------------------------------------------------------------
 
 _TOKENS = {
-    "sw_": r"sw_[A-Za-z0-9_-]{12,}+",
-    "sk-": r"sk-[A-Za-z0-9_-]{16,}+",
+    "sw_": r"(?<![A-Za-z0-9])sw_[A-Za-z0-9_-]{12,}+",
+    "sk-": r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{16,}+",
     **dict.fromkeys(
         ("AKIA", "ASIA", "ABIA", "ACCA", "AROA", "AIDA"), r"A[A-Z]{3}[A-Z0-9]{16}(?!\w)"
     ),
     **dict.fromkeys(("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"gh[a-z]_[A-Za-z0-9]{20,}+"),
     "github_pat_": r"github_pat_[A-Za-z0-9_]{20,}+",
     "glpat-": r"glpat-[A-Za-z0-9_.-]{16,}+",
-    "hf_": r"hf_[A-Za-z0-9]{24,}+",
+    "hf_": r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{24,}+",
     "AIza": r"AIza[A-Za-z0-9_-]{30,}+",
     "ya29.": r"ya29\.[A-Za-z0-9_.-]{16,}+",
     "GOCSPX-": r"GOCSPX-[A-Za-z0-9_-]{16,}+",
@@ -240,7 +243,7 @@ _TOKENS = {
     "hooks.slack.com/": r"hooks\.slack\.com/[a-z]{1,12}/[A-Za-z0-9/]{16,}+",
     "_live_": r"_live_[A-Za-z0-9]{16,}+",
     "_test_": r"_test_[A-Za-z0-9]{16,}+",
-    "eyJ": r"eyJ[A-Za-z0-9_-]{12,}+(?:\.[A-Za-z0-9_-]*+){1,4}+",
+    "eyJ": r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{12,}+(?:\.[A-Za-z0-9_-]*+){1,4}+",
     "-----BEGIN": (
         r"-----BEGIN[A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,10}-----"
         r"[^\"]*?(?:-----END[A-Z0-9 ]{1,60}-----|(?=\")|\Z)"
@@ -259,14 +262,15 @@ _TOKEN_WORDS = tuple(
 )
 _VALUE = (
     rf"{_QUOTES}?\s{{0,3}}(?:=>|:=|=|:)\s{{0,3}}"
-    r"(?:\"([^\"]*+)|\x02([^\"\x02]*+)|'([^\"\x02']*+)|([^\s\"\x02',;&<>(){}\[\]]{4,}+))"
+    r"(?:\"([^\"]*+)|\x02([^\"\x02]*+)|\x03([^\"\x02\x03]*+)|\x04([^\"\x02-\x04]*+)"
+    r"|\x05([^\"\x02-\x05]*+)|'([^\"\x02-\x05']*+)|([^\s\"\x02-\x05',;&<>(){}\[\]]{4,}+))"
 )
 _AFTER_SECRET_WORD = re.compile(
     _any_of(_SECRET_WORDS) + r"(?:[_-]?(?:key|value|[0-9]{1,3}))?s?" + _VALUE
 )
 _AFTER_TOKEN_WORD = re.compile(_any_of(_TOKEN_WORDS) + _VALUE)
 _AUTHORISED = re.compile(r"(?:bearer|basic)\s{1,3}([a-z0-9._~+/=-]{12,}+)")
-_IN_URL = re.compile(r"://[^\s\"\x02/:@]{0,128}:([^\s\"\x02/@]{1,256})@")
+_IN_URL = re.compile(r"://[^\s\"\x02-\x05/:@]{0,128}:([^\s\"\x02-\x05/@]{1,256})@")
 _NAMED = (
     (_SECRET_WORDS, _AFTER_SECRET_WORD),
     (_TOKEN_WORDS, _AFTER_TOKEN_WORD),

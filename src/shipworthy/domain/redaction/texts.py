@@ -13,10 +13,11 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from shipworthy.domain.redaction.finders import QUOTE, Finder
+from shipworthy.domain.redaction.finders import QUOTES, Finder
 
 _ESCAPE = re.compile(r"(\\+)(u[0-9a-fA-F]{4}|[\"/bfnrt])?")
 _IN_NUMBERS = "-+.eE0123456789"
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _SPACE = " \t\r\n"
 
 
@@ -70,13 +71,18 @@ def _resolved(escape: re.Match[str], *, nested: bool) -> str | None:
         return None
     if what[0] == "u":
         character = chr(int(what[1:], 16))
-        return QUOTE if character == '"' else character
+        return _quote(backslashes) if character == '"' else character
     if what == "/":
         return "/"
     # An even number of them stands for backslashes; in a string inside a string also for an escape.
     if len(backslashes) % 2 == 0 and (what == '"' or not nested):
         return None
-    return QUOTE if what == '"' else "\n"
+    return _quote(backslashes) if what == '"' else "\n"
+
+
+def _quote(backslashes: str) -> str:
+    """A quote in a string takes one backslash; inside a string in that one three, then seven."""
+    return QUOTES[min(len(backslashes).bit_length(), len(QUOTES)) - 1]
 
 
 def edits_of(raw: str, finders: Iterable[tuple[str, Finder]]) -> list[Edit]:
@@ -142,7 +148,7 @@ def _number_around(text: str, start: int, end: int) -> tuple[int, int] | None:
     before = _neighbour(text, start - 1, -1)
     after = _neighbour(text, end, 1)
     if before in {"", ":", ",", "["} and after in {"", ",", "}", "]"}:
-        return start, end
+        return (start, end) if _NUMBER.fullmatch(text, start, end) else None
     return None
 
 
@@ -152,7 +158,7 @@ def _quote_of_key(plain: _Plain, start: int, end: int) -> str:
     at = start - 1
     while at > 0 and text[at] in _SPACE:
         at -= 1
-    if text[at] != ":" or text[at - 1] != QUOTE or _neighbour(text, end, 1) not in {",", "}"}:
+    if text[at] != ":" or text[at - 1] not in QUOTES or _neighbour(text, end, 1) not in {",", "}"}:
         return ""
     return plain.raw(at - 1, at)
 
