@@ -143,7 +143,7 @@ def test_a_budget_begins_anew_at_midnight():
     assert excess is not None
     assert excess == ("budget", 43_140)
     text = refusal_text("the key k", limits, excess, tokens=0, cost=0.2)
-    assert "budget of 2.0 a day" in text
+    assert "budget of 2 a day" in text
     assert "in 12 h 0 min" in text
     assert dict(retry_headers(excess)) == {b"retry-after": b"43141", b"x-should-retry": b"false"}
     assert excess_of(bounds_of(limits), usage, tokens=0, micros=100_000, now=NOON) is None

@@ -143,7 +143,7 @@ def test_a_budget_lasts_until_midnight(tmp_path: Path, clock: Clock):
     one.admitted(0, 0.6).settle(0, 0.5)
     denial = other.denied(0, 0.6)
     assert (denial.code, denial.limit) == ("budget_exceeded", "budget")
-    assert denial.message.startswith("the key k has not enough left of its budget of 1.0 a day")
+    assert denial.message.startswith("the key k has not enough left of its budget of 1 a day")
     admission = other.admitted(0, 0.4)
     assert dict(admission.headers) == {b"x-shipworthy-budget-remaining": b"0.100000"}
     clock.now += int(dict(denial.headers)[b"retry-after"])

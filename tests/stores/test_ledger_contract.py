@@ -30,7 +30,7 @@ from shipworthy.domain.lifecycle import (
     Waiver,
 )
 from shipworthy.domain.names import Stage, parse_reference
-from shipworthy.domain.plan import Arm, Endpoint, Key, Plan
+from shipworthy.domain.plan import Arm, Endpoint, Key, Limits, Plan
 from shipworthy.domain.policy import Policy
 from shipworthy.domain.rollout import (
     RolloutState,
@@ -253,6 +253,24 @@ class TestAccess:
             assert tx.keys.list() == [key("k2", 5.0), key("k1")]
             with pytest.raises(Conflict):
                 tx.keys.add(key("k1"))
+
+    def test_keys_keep_their_limits(self, ledger: Ledger):
+        def key(id: str, limits: Limits) -> StoredKey:
+            kept = Key(id=id, hash=f"hash of {id}", role="client", limits=limits)
+            return StoredKey(key=kept, principal="p1", created_at=1.0)
+
+        some, others = Limits(concurrency=3, budget_per_day=0.1), Limits(requests_per_minute=10**12)
+        with ledger.write() as tx:
+            tx.keys.add(key("k1", some))
+            tx.keys.add(key("k2", Limits()))
+        with ledger.write() as tx:
+            assert tx.keys.list() == [key("k1", some), key("k2", Limits())]
+            assert tx.keys.limit("k2", others)
+            assert tx.keys.limit("k1", Limits())
+            assert not tx.keys.limit("k3", others)
+            assert tx.keys.list() == [key("k1", Limits()), key("k2", others)]
+            tx.keys.revoke("k1", 5.0)
+            assert not tx.keys.limit("k1", some)
 
 
 class TestEvidence:

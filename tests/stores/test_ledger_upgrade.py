@@ -16,6 +16,7 @@ from sqlalchemy import column, insert, select, table, text
 
 from shipworthy.domain import audit
 from shipworthy.domain.names import Stage, parse_reference
+from shipworthy.domain.plan import Limits
 from shipworthy.errors import LedgerUnavailable
 from shipworthy.stores.ledger import SqlLedger, ledger, open_ledger, schema
 
@@ -161,6 +162,7 @@ def check_content(opened: SqlLedger) -> None:
         assert at_stage.manifest["nested"] == [1, 2.0, None, {"é": True}]
         assert tx.policies.current("digits") is not None
         assert [each.key.id for each in tx.keys.list()] == ["k1", "k2"]
+        assert {each.key.limits for each in tx.keys.list()} == {Limits()}
         assert len(tx.evidence.findings(at_stage.digest)) == 1
         assert len(tx.evidence.approvals(at_stage.digest, Stage.PRODUCTION)) == 1
         assert len(tx.evidence.waivers()) == 2

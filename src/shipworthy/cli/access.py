@@ -8,11 +8,11 @@ from typing import Annotated
 import msgspec
 import typer
 
-from shipworthy.app.access import create_key, revoke_key
+from shipworthy.app.access import create_key, limit_key, revoke_key
 from shipworthy.app.session import open_session
 from shipworthy.cli.output import ago, err, out, say, say_json, say_table
 from shipworthy.domain.audit import AuditHead, verify
-from shipworthy.domain.plan import Role
+from shipworthy.domain.plan import Limits, Role
 from shipworthy.domain.policy import read_duration
 from shipworthy.errors import IntegrityError, UsageError
 
@@ -39,6 +39,18 @@ def create(
         typer.Option(help="A model that it may call (repeatable); without: all in production."),
     ] = None,
     expires: Annotated[str | None, typer.Option(help="For how long, such as 90d.")] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="Most requests that it may send in a minute.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help="Most tokens, in and out, that it may use in a minute.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Most requests that it may have under way at once.")
+    ] = None,
+    budget_per_day: Annotated[
+        float | None, typer.Option(help="Most money that its calls may cost from midnight UTC on.")
+    ] = None,
     *,
     service: Annotated[bool, typer.Option("--service", help="A program holds it.")] = False,
 ) -> None:
@@ -59,6 +71,12 @@ def create(
         expires=session.clock() + _lifetime(expires) if expires is not None else None,
         kind="service" if service else "person",
         by=session.actor().id,
+        limits=Limits(
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            concurrency=concurrency,
+            budget_per_day=budget_per_day,
+        ),
     )
     err.print(f"Key of {holder}; it is not shown again:", markup=False)
     out.print(text, markup=False)
@@ -96,6 +114,7 @@ def list_keys(
                     "holder": names.get(s.principal, s.principal),
                     "role": s.key.role,
                     "models": s.key.models,
+                    "limits": s.key.limits,
                     "created_at": s.created_at,
                     "expires": s.key.expires,
                     "revoked_at": s.revoked_at,
@@ -105,13 +124,14 @@ def list_keys(
         )
         return
     say_table(
-        ("id", "holder", "role", "models", "created", "state"),
+        ("id", "holder", "role", "models", "limits", "created", "state"),
         (
             (
                 s.key.id,
                 names.get(s.principal, s.principal),
                 s.key.role,
                 " ".join(s.key.models),
+                _limits_text(s.key.limits),
                 ago(s.created_at),
                 _state(s.revoked_at, s.key.expires, now),
             )
@@ -125,6 +145,67 @@ def _state(revoked_at: float | None, expires: float | None, now: float) -> str:
     if revoked_at is not None:
         return f"revoked {ago(revoked_at)}"
     return "expired" if expires is not None and now >= expires else "in force"
+
+
+def _limits_text(limits: Limits) -> str:
+    """Such as "60 requests/min, 2 at once"; a dash for none."""
+    parts = [
+        (limits.requests_per_minute, "{:,} requests/min"),
+        (limits.tokens_per_minute, "{:,} tokens/min"),
+        (limits.concurrency, "{:,} at once"),
+        (limits.budget_per_day, "{:.12g} a day"),
+    ]
+    return ", ".join(text.format(value) for value, text in parts if value is not None) or "–"
+
+
+@keys.command("limit")
+def limit(
+    key: Annotated[str, typer.Argument(help="The key's id, from 'keys list'.")],
+    requests_per_minute: Annotated[
+        str | None, typer.Option(help="Most requests in a minute, or none for no limit.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        str | None, typer.Option(help="Most tokens, in and out, in a minute, or none.")
+    ] = None,
+    concurrency: Annotated[
+        str | None, typer.Option(help="Most requests under way at once, or none.")
+    ] = None,
+    budget_per_day: Annotated[
+        str | None, typer.Option(help="Most money from midnight UTC on, or none.")
+    ] = None,
+) -> None:
+    """Change limits of a key, those that are named; the gateway keeps to them within half a second.
+
+    Example: shipworthy keys limit 3f9c1d20ab77 --requests-per-minute 60 --budget-per-day none
+    """
+    given: dict[str, tuple[str | None, type[int | float]]] = {
+        "requests_per_minute": (requests_per_minute, int),
+        "tokens_per_minute": (tokens_per_minute, int),
+        "concurrency": (concurrency, int),
+        "budget_per_day": (budget_per_day, float),
+    }
+    changes = {
+        name: _limit_of(name, text, kind)
+        for name, (text, kind) in given.items()
+        if text is not None
+    }
+    if not changes:
+        message = "nothing to change; name a limit, such as --requests-per-minute 60"
+        raise UsageError(message)
+    session = open_session()
+    limits = limit_key(session, key, changes, by=session.actor().id)
+    say(f"Key {key} now has limits: {_limits_text(limits)}.")
+
+
+def _limit_of(name: str, text: str, kind: type[int | float]) -> float | None:
+    if text == "none":
+        return None
+    try:
+        return kind(text)
+    except ValueError as error:
+        option = f"--{name.replace('_', '-')}"
+        message = f"{option} {text} is no limit; give a number, or none for no limit"
+        raise UsageError(message) from error
 
 
 @keys.command("revoke")

@@ -220,7 +220,7 @@ def _limit_text(limits: Limits, what: What) -> str:
         "requests": f"{limits.requests_per_minute} requests per minute",
         "tokens": f"{limits.tokens_per_minute} tokens per minute",
         "concurrency": f"{limits.concurrency} concurrent requests",
-        "budget": f"budget of {limits.budget_per_day} a day",
+        "budget": f"budget of {limits.budget_per_day or 0:.12g} a day",
     }
     return texts[what]
 
