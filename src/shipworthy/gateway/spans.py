@@ -190,7 +190,7 @@ def _generative(call: Told, operation: str) -> Attributes:
     if call.serving_release:
         attributes["gen_ai.response.model"] = call.serving_release
     if call.finish:
-        attributes["gen_ai.response.finish_reasons"] = (call.finish,)
+        attributes["gen_ai.response.finish_reasons"] = call.finish.split(",")
     if call.tokens_estimated:
         attributes["shipworthy.tokens_estimated"] = True
     measured = {

@@ -18,6 +18,7 @@ from shipworthy.protocols.openai.text import ABSENT, given, length
 
 _encode = msgspec.json.Encoder().encode
 _SENSIBLE = 2**40  # no call uses more tokens
+_MAX_FINISH = 200  # a reason is a word, but it is the server that says it
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
@@ -175,7 +176,8 @@ def _usage(raw: Raw) -> Usage | None:
 
 
 def _joined(reasons: Iterable[str | None]) -> str:
-    return ",".join(dict.fromkeys(reason for reason in reasons if reason))
+    different = dict.fromkeys(reason for reason in reasons if reason)
+    return ",".join(different)[:_MAX_FINISH]
 
 
 # --- streams ----------------------------------------------------------------------------------
