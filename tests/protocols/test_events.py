@@ -1,6 +1,7 @@
 """Server-sent events: cut as they come, byte for byte."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -137,9 +138,9 @@ def test_a_long_event_in_many_pieces_is_not_looked_through_again_and_again():
     class Counting(bytearray):
         looked_at = 0
 
-        def find(self, wanted, start=0, end=None):
-            Counting.looked_at += (len(self) if end is None else end) - start
-            return super().find(wanted, start, len(self) if end is None else end)
+        def find(self, *wanted: Any):
+            Counting.looked_at += len(self) - wanted[1]
+            return super().find(*wanted)
 
     splitter = EventSplitter(1 << 20)
     splitter._buffer = Counting()

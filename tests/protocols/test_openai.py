@@ -53,7 +53,7 @@ STYLE = st.fixed_dictionaries(
 )
 
 
-def body(*, model="chat", messages=(HELLO,), **more: Any):
+def body(*, model: Any = "chat", messages: Any = (HELLO,), **more: Any):
     return json.dumps({"messages": messages, "model": model, **more}).encode()
 
 
@@ -314,7 +314,7 @@ def test_usage_is_asked_for_only_in_streams_whose_client_did_not():
 TOOL = {"type": "function", "function": {"name": "look_up"}}
 
 
-def added(behaviour, *, operation="chat", **said):
+def added(behaviour: Behaviour, *, operation: Any = "chat", **said: Any):
     """The request with what a release adds, decoded."""
     said = {"model": "chat", **({"messages": [HELLO]} if operation == "chat" else {}), **said}
     return json.loads(sent(said, operation=operation, behaviour=behaviour))
