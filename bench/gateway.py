@@ -15,6 +15,7 @@ one of them or a measurement is missing.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections import defaultdict
@@ -309,7 +310,7 @@ def tell(bench: Bench, report: Report) -> None:
         row(report, name, seen)
         figures(report, name, seen)
     ours = bench.seen["ours"]
-    compare(report, ours, bench.seen)
+    compare(report, ours, {peer.name: bench.seen[peer.name] for peer in bench.peers})
     if ours.cpu[OIP.name]:
         spent = ours.cpu_us(OIP)
         report.note(f"an OIP inference of 64 numbers: {number(spent)} µs CPU of ours")
@@ -377,11 +378,9 @@ def figures(report: Report, name: str, seen: Seen) -> None:
             report.figure(figure, value)
 
 
-def compare(report: Report, ours: Seen, seen: dict[str, Seen]) -> None:
+def compare(report: Report, ours: Seen, peers: dict[str, Seen]) -> None:
     """What ours costs as a share of what each peer does."""
-    for name, peer in seen.items():
-        if name in {"direct", "ours"}:
-            continue
+    for name, peer in peers.items():
         shares: list[str] = []
         pairs = {
             "cpu": (ours.cpu_us(FIRST), peer.cpu_us(FIRST)),
@@ -446,6 +445,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ending all that was started
     peers = [peer for peer in PEERS if not options.only or peer.name in options.only]
     homes = options.peers.resolve()
     if options.install:

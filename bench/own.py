@@ -35,8 +35,6 @@ from shipworthy.domain.plan import (
     Snapshot,
     encode_snapshot,
 )
-from shipworthy.gateway import GatewayOptions, run
-from shipworthy.stores.journal import JournalWriter
 
 CHAT = Contract(protocol="openai", operations=("chat",), side_effects="none")
 INFERENCE = Contract(
@@ -141,6 +139,10 @@ def _plan(name: str, contract: Contract, upstream: int) -> Plan:
 
 def serve(folder: Path, workers: int) -> None:
     """Serve with that many workers on one port; called in a process of its own."""
+    from shipworthy.gateway import GatewayOptions, Outside, run
+    from shipworthy.stores.journal import JournalWriter
+    from shipworthy.stores.limits import UsageTable
+
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     listener.settimeout(0)
     (folder / "port.new").write_text(str(listener.getsockname()[1]))
@@ -155,12 +157,18 @@ def serve(folder: Path, workers: int) -> None:
         max_connections=8192,
         max_in_flight=8192,
     )
+    table = UsageTable(folder / "limits", clock=time.time)
     run(
         options,
-        journal=JournalWriter(folder / "journals", worker=f"w{index}", max_bytes=_JOURNAL_BYTES),
-        newest_snapshot=lambda: folder / "snapshot",
-        signing_secret=bytes(32),
-        pseudonym_secret=bytes(32),
-        clock=time.time,
-        uniform=random.random,
+        Outside(
+            journal=JournalWriter(
+                folder / "journals", worker=f"w{index}", max_bytes=_JOURNAL_BYTES
+            ),
+            newest_snapshot=lambda: folder / "snapshot",
+            signing_secret=bytes(32),
+            pseudonym_secret=bytes(32),
+            clock=time.time,
+            uniform=random.SystemRandom().random,
+            limits=table,
+        ),
     )
