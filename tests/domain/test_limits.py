@@ -15,9 +15,7 @@ from shipworthy.domain.limits import (
     micros_of,
     rate_headers,
     refusal_text,
-    requests_share,
     retry_headers,
-    tokens_share,
     wait_seconds,
 )
 from shipworthy.domain.plan import Limits
@@ -169,10 +167,9 @@ def test_of_several_limits_the_one_that_lasts_is_told():
 def test_headers_say_what_is_left():
     bounds = bounds_of(Limits(requests_per_minute=60, tokens_per_minute=600))
     usage = (30, 10, 0, 0, 0, 0)
-    headers = rate_headers(
-        requests_share(bounds, usage, NOON + 20.5), tokens_share(bounds, usage, NOON + 20.5), 1_250
-    )
-    assert headers == [
+    loose = bounds_of(Limits(requests_per_minute=61, budget_per_day=0.002))
+    sides = [(bounds, usage), (loose, (0, 0, 0, 0, 750, 0))]
+    assert rate_headers(sides, NOON + 20.5) == [
         (b"x-ratelimit-limit-requests", b"60"),
         (b"x-ratelimit-remaining-requests", b"31"),
         (b"x-ratelimit-reset-requests", b"1m40s"),
@@ -181,9 +178,17 @@ def test_headers_say_what_is_left():
         (b"x-ratelimit-reset-tokens", b"0s"),
         (b"x-shipworthy-budget-remaining", b"0.001250"),
     ]
-    over = requests_share(bounds, (60, 61, 0, 0, 0, 0), NOON)
-    assert over.left == 0
-    assert dict(rate_headers(None, None, -5)) == {b"x-shipworthy-budget-remaining": b"0.000000"}
+    over = dict(rate_headers([(bounds, (60, 61, 0, 0, 0, 0))], NOON))
+    assert over[b"x-ratelimit-remaining-requests"] == b"0"
+    spent = dict(rate_headers([(loose, (0, 0, 0, 0, 2_001, 0))], NOON))
+    assert spent[b"x-shipworthy-budget-remaining"] == b"0.000000"
+
+
+@given(st.floats(0, 4e9), st.booleans(), st.booleans())
+def test_any_moment_has_a_time_to_tell(now: float, before: bool, used: bool):
+    bounds = bounds_of(Limits(requests_per_minute=60))
+    headers = rate_headers([(bounds, (int(before), int(used), 0, 0, 0, 0))], now)
+    assert headers[2][1].endswith(b"s")
 
 
 @given(st.floats())

@@ -23,6 +23,8 @@ MOST: Final = (1 << 40) - 1
 
 _NO_BOUND: Final = 1 << 62
 _MINUTE: Final = 60
+_RESETS: Final = [b"%ds" % s if s < 60 else b"%dm%ds" % divmod(s, 60) for s in range(121)]
+"""Seconds such as `1m12s`, which is how OpenAI's API writes them."""
 _DAY: Final = 86_400
 
 What = Literal["requests", "tokens", "concurrency", "budget"]
@@ -46,14 +48,6 @@ class Excess(NamedTuple):
 
     what: What
     wait: float | None
-
-
-class Share(NamedTuple):
-    """How much of a limit is left, and after how many seconds all of it would be."""
-
-    limit: int
-    left: int
-    reset: int
 
 
 def bounds_of(limits: Limits) -> Bounds:
@@ -129,45 +123,52 @@ def _excess(
     return Excess(what, _MINUTE - second + _MINUTE * max(0.0, 1 - (room + 1) / used))
 
 
-def requests_share(bounds: Bounds, usage: Usage, now: float) -> Share:
-    """What is left of the requests per minute."""
-    return _share(bounds.requests, usage[0], usage[1], now % _MINUTE)
+def rate_headers(sides: Iterable[tuple[Bounds, Usage]], now: float) -> list[tuple[bytes, bytes]]:
+    """What is told of limits with each answer, in the words of OpenAI's API where it has them.
 
-
-def tokens_share(bounds: Bounds, usage: Usage, now: float) -> Share:
-    """What is left of the tokens per minute."""
-    return _share(bounds.tokens, usage[2], usage[3], now % _MINUTE)
-
-
-def _share(bound: int, before: int, used: int, second: float) -> Share:
-    left = bound - used - int(before * (_MINUTE - second) / _MINUTE)
-    whole = 2 * _MINUTE if used else _MINUTE if before else second
-    return Share(bound, max(0, left), math.ceil(whole - second))
-
-
-def rate_headers(
-    requests: Share | None, tokens: Share | None, budget_left: int | None
-) -> list[tuple[bytes, bytes]]:
-    """What is told of limits with each answer, in the words of OpenAI's API where it has them."""
+    `sides` are those of key and model with what they have used; of each limit the tighter is told.
+    """
+    second = now % _MINUTE
+    requests = tokens = budget = _NO_BOUND
+    most_requests = most_tokens = 0
+    to_requests = to_tokens = b""
+    for bounds, usage in sides:
+        before, used, tokens_before, tokens_used, spent, _ = usage
+        bound = bounds[0]
+        left = bound - used - int(before * (_MINUTE - second) / _MINUTE)
+        if bound < _NO_BOUND and left < requests:
+            requests, most_requests, to_requests = left, bound, _reset(before, used, second)
+        bound = bounds[1]
+        left = bound - tokens_used - int(tokens_before * (_MINUTE - second) / _MINUTE)
+        if bound < _NO_BOUND and left < tokens:
+            tokens, most_tokens = left, bound
+            to_tokens = _reset(tokens_before, tokens_used, second)
+        bound = bounds[3]
+        if bound < _NO_BOUND and bound - spent < budget:
+            budget = bound - spent
     headers: list[tuple[bytes, bytes]] = []
-    if requests is not None:
-        limit, left, reset = requests
+    if to_requests:
         headers += (
-            (b"x-ratelimit-limit-requests", b"%d" % limit),
-            (b"x-ratelimit-remaining-requests", b"%d" % left),
-            (b"x-ratelimit-reset-requests", _duration(reset)),
+            (b"x-ratelimit-limit-requests", b"%d" % most_requests),
+            (b"x-ratelimit-remaining-requests", b"%d" % max(0, requests)),
+            (b"x-ratelimit-reset-requests", to_requests),
         )
-    if tokens is not None:
-        limit, left, reset = tokens
+    if to_tokens:
         headers += (
-            (b"x-ratelimit-limit-tokens", b"%d" % limit),
-            (b"x-ratelimit-remaining-tokens", b"%d" % left),
-            (b"x-ratelimit-reset-tokens", _duration(reset)),
+            (b"x-ratelimit-limit-tokens", b"%d" % most_tokens),
+            (b"x-ratelimit-remaining-tokens", b"%d" % max(0, tokens)),
+            (b"x-ratelimit-reset-tokens", to_tokens),
         )
-    if budget_left is not None:
-        whole, micros = divmod(max(0, budget_left), MICROS)
-        headers.append((b"x-shipworthy-budget-remaining", b"%d.%06d" % (whole, micros)))
+    if budget < _NO_BOUND:
+        amount = b"%d.%06d" % divmod(max(0, budget), MICROS)
+        headers.append((b"x-shipworthy-budget-remaining", amount))
     return headers
+
+
+def _reset(before: int, used: int, second: float) -> bytes:
+    """After what time nothing counts any more of what was used."""
+    whole = 2 * _MINUTE if used else _MINUTE if before else second
+    return _RESETS[math.ceil(whole - second)]
 
 
 def retry_headers(excess: Excess) -> list[tuple[bytes, bytes]]:
@@ -228,9 +229,3 @@ def _limit_text(limits: Limits, what: What) -> str:
 def _words(seconds: int) -> str:
     hours, minutes = divmod(math.ceil(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
-
-
-def _duration(seconds: int) -> bytes:
-    """Such as `1m12s`, which is how OpenAI's API writes a time."""
-    minutes, rest = divmod(seconds, _MINUTE)
-    return b"%dm%ds" % (minutes, rest) if minutes else b"%ds" % rest

@@ -13,7 +13,6 @@ from shipworthy.domain.limits import (
     MOST,
     Bounds,
     Excess,
-    Share,
     Usage,
     What,
     bounds_of,
@@ -22,9 +21,7 @@ from shipworthy.domain.limits import (
     micros_of,
     rate_headers,
     refusal_text,
-    requests_share,
     retry_headers,
-    tokens_share,
 )
 from shipworthy.domain.plan import Key, Limits, Plan, Snapshot
 from shipworthy.gateway.needs import Clock, UsageRow, UsageTable
@@ -60,7 +57,9 @@ class _Meter:
 
     def whole(self, cost: float) -> int:
         """Money used, in millionths; what is left over counts with the next."""
-        micros = min(cost * 1e6, MOST) + self.fraction if cost > 0 else self.fraction
+        micros = self.fraction
+        if cost > 0:
+            micros += min(cost * 1e6, MOST)
         whole = int(micros)
         self.fraction = micros - whole
         return whole
@@ -69,42 +68,46 @@ class _Meter:
 class Admission:
     """A request's reservation. It must be settled, whatever becomes of the request."""
 
-    __slots__ = ("_clock", "_micros", "_minute", "_now", "_taken", "_tokens")
+    __slots__ = ("_clock", "_meters", "_micros", "_now", "_sides", "_tokens")
 
-    def __init__(
+    def __init__(  # made for each request
         self,
-        taken: tuple[tuple[_Meter, Usage], ...],
+        meters: tuple[_Meter, ...],
+        sides: list[tuple[Bounds, Usage]],
         clock: Clock,
         now: float,
         tokens: int,
         micros: int,
     ) -> None:
-        self._taken = taken
+        self._meters = meters
+        self._sides = sides
         self._clock = clock
         self._now = now
-        self._minute = int(now // 60)
         self._tokens = tokens
         self._micros = micros
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What is left, as it was when the request was admitted; the tighter of key and model."""
-        return _told(self._taken, self._now)
+        return rate_headers(self._sides, self._now)
 
     def settle(self, tokens: int, cost: float) -> None:
         """Count what was used for what was reserved, and free the place; once."""
-        taken, self._taken = self._taken, ()
-        if not taken:
+        meters, self._meters = self._meters, ()
+        if not meters:
             return
-        minute, day = self._minute, self._minute // 1440
-        now_minute = int(self._clock() // 60)
-        more = min(max(0, tokens), MOST) - self._tokens
-        for meter, _ in taken:
+        minute = int(self._now // 60)
+        day = minute // 1440
+        more = (0 if tokens < 0 else min(tokens, MOST)) - self._tokens
+        for meter in meters:
             row = meter.row
             costlier = meter.whole(cost) - self._micros
-            row.take_back(minute, day, 0, max(0, -more), max(0, -costlier), 1)
+            row.take_back(
+                minute, day, 0, -more if more < 0 else 0, -costlier if costlier < 0 else 0, 1
+            )
             if more > 0 or costlier > 0:
-                row.add(now_minute, now_minute // 1440, 0, max(0, more), max(0, costlier), 0)
+                ends = int(self._clock() // 60)
+                row.add(ends, ends // 1440, 0, max(0, more), max(0, costlier), 0)
 
 
 class Denial:
@@ -137,7 +140,7 @@ class LimitBook:
         self._clock = clock
         self._keys: dict[str, _Meter] = {}
         self._plans: dict[str, _Meter] = {}
-        self._free = Admission((), clock, 0.0, 0, 0)
+        self._free = Admission((), [], clock, 0.0, 0, 0)
 
     def obey(self, snapshot: Snapshot) -> None:
         """Put the limits of a snapshot in force; calls under way are settled where they began."""
@@ -166,44 +169,48 @@ class LimitBook:
             meters: tuple[_Meter, ...] = (of_plan,)
         else:
             meters = (of_key,) if of_plan is None else (of_key, of_plan)
-        tokens = min(max(0, tokens), MOST)
+        if tokens < 0 or tokens > MOST:
+            tokens = 0 if tokens < 0 else MOST
         micros = micros_of(cost)
         now = self._clock()
+        pressed = meters[0].pressed or meters[-1].pressed
         for _ in range(_TRIES):
-            if not any(meter.pressed for meter in meters):
-                taken = self._reserve(meters, now, tokens, micros)
-                if taken is not None:
-                    return Admission(taken, self._clock, now, tokens, micros)
+            if not pressed:
+                sides = self._reserve(meters, now, tokens, micros)
+                if sides:
+                    return Admission(meters, sides, self._clock, now, tokens, micros)
             # What others reserve and take back at the same moment is no reason to refuse.
             denial = self._judge(meters, now, tokens, micros, cost)
             if denial is not None:
                 return denial
-            for meter in meters:
-                meter.pressed = False
+            pressed = False
         return _crowded(meters[0])
 
     def _reserve(
         self, meters: tuple[_Meter, ...], now: float, tokens: int, micros: int
-    ) -> tuple[tuple[_Meter, Usage], ...] | None:
+    ) -> list[tuple[Bounds, Usage]]:
+        """What is used with the reservation; empty when it does not fit, and is taken back."""
         minute = int(now // 60)
         day = minute // 1440
         for meter in meters:
             meter.row.add(minute, day, 1, tokens, micros, 1)
         self._table.fence()
-        taken = tuple([(meter, meter.row.usage(minute, day)) for meter in meters])
-        for meter, usage in taken:
-            if not fits(meter.bounds, usage, now):
+        sides: list[tuple[Bounds, Usage]] = []
+        for meter in meters:
+            bounds, usage = meter.bounds, meter.row.usage(minute, day)
+            if not fits(bounds, usage, now):
                 for each in meters:
                     each.row.take_back(minute, day, 1, tokens, micros, 1)
-                return None
-        return taken
+                return []
+            sides.append((bounds, usage))
+        return sides
 
     def _judge(
         self, meters: tuple[_Meter, ...], now: float, tokens: int, micros: int, cost: float
     ) -> Denial | None:
         """The refusal that lasts longest, if a request may not be had."""
         minute = int(now // 60)
-        seen = tuple((meter, meter.row.usage(minute, minute // 1440)) for meter in meters)
+        seen = [(meter, meter.row.usage(minute, minute // 1440)) for meter in meters]
         worst: tuple[_Meter, Excess] | None = None
         for meter, usage in seen:
             excess = excess_of(meter.bounds, usage, tokens=tokens, micros=micros, now=now)
@@ -219,7 +226,10 @@ class LimitBook:
             refusal_text(
                 f"the {meter.side} {meter.id}", meter.limits, excess, tokens=tokens, cost=cost
             ),
-            [*retry_headers(excess), *_told(seen, now)],
+            [
+                *retry_headers(excess),
+                *rate_headers([(meter.bounds, usage) for meter, usage in seen], now),
+            ],
             excess.what,
             meter.side,
         )
@@ -243,23 +253,3 @@ def _longer(one: Excess, other: Excess) -> bool:
     if other.wait is None:
         return False
     return one.wait is None or one.wait > other.wait
-
-
-def _told(taken: tuple[tuple[_Meter, Usage], ...], now: float) -> list[tuple[bytes, bytes]]:
-    if not taken:
-        return []
-    requests: Share | None = None
-    tokens: Share | None = None
-    budget: int | None = None
-    for meter, usage in taken:
-        limits, bounds = meter.limits, meter.bounds
-        if limits.requests_per_minute is not None:
-            share = requests_share(bounds, usage, now)
-            requests = share if requests is None or share.left < requests.left else requests
-        if limits.tokens_per_minute is not None:
-            share = tokens_share(bounds, usage, now)
-            tokens = share if tokens is None or share.left < tokens.left else tokens
-        if limits.budget_per_day is not None:
-            left = bounds.micros - usage[4]
-            budget = left if budget is None else min(budget, left)
-    return rate_headers(requests, tokens, budget)
