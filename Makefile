@@ -50,6 +50,7 @@ lint: .venv/.dev
 
 bench: .venv/.dev
 	@mkdir -p bench/results
+	-@.venv/bin/python bench/gateway.py --install
 	@for script in $$(grep -l __main__ bench/*.py); do \
 	  name=$$(basename "$$script" .py); \
 	  echo "== $$name"; \

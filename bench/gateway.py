@@ -28,11 +28,11 @@ from statistics import median
 
 import msgspec
 from open_loop import Open, open_loop, percentile
-from own import INFER_REQUEST, infer_service, own_gateway, tidy
-from peers import PEERS, Peer, Service, Unusable
+from own import INFER_REQUEST, check_own, infer_service, own_gateway, tidy
+from peers import PEERS, Peer, Service
 from report import Report, argument_parser
 from streams import first_words, held, post
-from upstreams import nginx, streaming
+from upstreams import Unusable, nginx, streaming
 from wrk import UNIT_HEADER, Closed, Wrk
 
 RATE = 2000
@@ -119,7 +119,8 @@ class Bench:
         """All parts."""
         with ExitStack() as stack:
             port = stack.enter_context(nginx(self.folder / "nginx"))
-            services = [Service("direct", port), *self._start(stack, port, "closed")]
+            started = self._start(stack, port, "closed")
+            services = [Service("direct", port), *started]
             self._warm_up(services)
             pair = self._pair(stack, port)
             for turn in range(self.pace.rounds):
@@ -128,6 +129,8 @@ class Bench:
                 for service in pair:
                     body = chat(service, BUSY.size)
                     self._attempt("two workers", partial(self._closed, service, BUSY, body))
+            for service in [*pair, *(one for one in started if one.name == "ours")]:
+                self._attempt(service.name, partial(check_own, service))
         with ExitStack() as stack:
             port = stack.enter_context(streaming())
             say("streams")
@@ -253,12 +256,15 @@ class Bench:
                 good.append(service)
             except Unusable as unusable:
                 self._problem(str(unusable))
-        took = first_words(good, self.pace.turns)
-        for service in good[1:]:
-            pairs = zip(took["direct"], took[service.name], strict=True)
-            self.seen[service.name].added = sorted(there - direct for direct, there in pairs)
+        self._attempt("first words", partial(self._first_words, good))
         for service in good[1:]:
             self._attempt(f"{service.name}, idle streams", partial(self._hold, service))
+
+    def _first_words(self, services: list[Service]) -> None:
+        took = first_words(services, self.pace.turns)
+        for service in services[1:]:
+            pairs = zip(took["direct"], took[service.name], strict=True)
+            self.seen[service.name].added = sorted(there - direct for direct, there in pairs)
 
     def _hold(self, service: Service) -> None:
         _, self.seen[service.name].streaming_mb = held(service, self.pace.streams)
@@ -273,6 +279,7 @@ class Bench:
                 closed = self._load(service, body, 32, min(10.0, (mark - done) / speed))
                 done, speed = done + closed.requests, closed.rate
             self.growth.append((done, service.rss_mb()))
+        check_own(service)
 
 
 def chat(service: Service, size: int) -> bytes:
@@ -466,8 +473,12 @@ def main() -> int:
         ),
     )
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), homes, peers, QUICK if options.quick else Pace())
-        bench.run()
+        try:
+            bench = Bench(Path(folder), homes, peers, QUICK if options.quick else Pace())
+            bench.run()
+        except Unusable as unusable:
+            say(f"! {unusable}")
+            return 1
     tell(bench, report)
     report.finish(options.json)
     return 1 if bench.problems else 0

@@ -23,6 +23,7 @@ from typing import Any
 import httptools
 import msgspec
 import uvloop
+from upstreams import Unusable
 
 _PERIOD = 0.0002  # seconds between looks at what is due
 _WARM_UP = 0.5
@@ -62,6 +63,8 @@ def open_loop(port: int, requests: list[bytes], *, rate: int, seconds: float) ->
     there.close()
     try:
         return here.recv()
+    except EOFError:
+        raise Unusable("the client of the open loop broke") from None
     finally:
         client.terminate()
         client.join()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import msgspec
 from peers import Service, answering, end
-from upstreams import INFER_PATH
+from upstreams import INFER_PATH, Unusable
 
 from shipworthy.domain.contract import Contract, Tensor
 from shipworthy.domain.keys import hash_key, new_key
@@ -89,6 +91,25 @@ def own_gateway(
         yield answering(process, service, log, folder / "port")
     finally:
         end(process)
+
+
+_NEVER = re.compile(
+    r"^shipworthy_gateway_(?:records_dropped|fallbacks|retries|ejections|unhandled_errors)_total"
+    r"(?:{.*})? [1-9].*$",
+    re.MULTILINE,
+)
+_SERVED = re.compile(r'^shipworthy_gateway_attempts_total{.*release="(chat@.)"', re.MULTILINE)
+
+
+def check_own(service: Service) -> None:
+    """Unusable unless both releases answered, at the first attempt, and all that was written."""
+    request = Request(f"http://127.0.0.1:{service.port}/metrics", headers=dict(service.headers))
+    with urlopen(request, timeout=10.0) as response:
+        numbers = response.read().decode()
+    if found := _NEVER.findall(numbers):
+        raise Unusable("our gateway had trouble: " + "; ".join(found))
+    if len(served := set(_SERVED.findall(numbers))) != 2:
+        raise Unusable(f"our gateway split nothing: only {served} answered")
 
 
 def tidy(folder: Path) -> None:

@@ -19,15 +19,11 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import msgspec
-from upstreams import free_port, listening
+from upstreams import Unusable, free_port, listening
 
 START_SECONDS = 90.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
-class Unusable(Exception):
-    """A gateway can't be measured; the text says why and what to do."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import httptools
 import msgspec
 import uvloop
-from peers import Service, Unusable
-from upstreams import HOLD
+from peers import Service
+from upstreams import HOLD, Unusable
 from wrk import UNIT_HEADER
 
 _CONTENT = re.compile(rb'"content":\s*"[^"]')
@@ -92,7 +92,10 @@ class _Stream(asyncio.Protocol):
 
 async def _connect(service: Service) -> _Stream:
     loop = asyncio.get_running_loop()
-    return (await loop.create_connection(_Stream, "127.0.0.1", service.port))[1]
+    try:
+        return (await loop.create_connection(_Stream, "127.0.0.1", service.port))[1]
+    except OSError as error:
+        raise Unusable(f"{service.name} takes no connection: {error}") from error
 
 
 async def _one(service: Service, stream: _Stream, request: bytes) -> float:

@@ -82,6 +82,10 @@ http {{
 """
 
 
+class Unusable(Exception):
+    """Something can't be measured, or measured with; the text says why and what to do."""
+
+
 def free_port() -> int:
     """A port that nobody listens on just now."""
     with socket.socket() as probe:
@@ -101,8 +105,7 @@ def nginx(folder: Path) -> Generator[int]:
     """An nginx with one worker process that answers everything at once; its port."""
     binary = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
     if binary is None:
-        message = "nginx is not installed; install it with 'apt-get install nginx-light'"
-        raise FileNotFoundError(message)
+        raise Unusable("nginx is not installed; install it with 'apt-get install nginx-light'")
     folder.mkdir()
     port = free_port()
     (folder / "nginx.conf").write_text(
@@ -124,7 +127,7 @@ def nginx(folder: Path) -> Generator[int]:
         deadline = time.monotonic() + 10.0
         while not listening(port):
             if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("nginx does not start: " + (folder / "log").read_text())
+                raise Unusable("nginx does not start: " + (folder / "log").read_text())
             time.sleep(0.01)
         yield port
     finally:

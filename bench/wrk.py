@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
-from peers import Unusable
+from upstreams import Unusable
 
 UNIT_HEADER = "X-Shipworthy-Unit"
 _UNITS = 1000
@@ -75,8 +75,7 @@ class Wrk:
     def __init__(self, folder: Path) -> None:
         binary = shutil.which("wrk")
         if binary is None:
-            message = "wrk is not installed; install it with 'apt-get install wrk'"
-            raise FileNotFoundError(message)
+            raise Unusable("wrk is not installed; install it with 'apt-get install wrk'")
         folder.mkdir()
         self._binary, self._folder = binary, folder
         self._script = folder / "load.lua"
@@ -108,9 +107,11 @@ class Wrk:
             ],
             capture_output=True,
             text=True,
-            check=True,
+            check=False,
         )
-        _, _, said = done.stdout.rpartition(_MARK)
+        _, mark, said = done.stdout.rpartition(_MARK)
+        if done.returncode or not mark:
+            raise Unusable(f"wrk ended with {done.returncode}: {done.stderr or done.stdout}")
         closed = msgspec.json.decode(said, type=Closed)
         if closed.failed or closed.broken or not closed.requests:
             message = (
