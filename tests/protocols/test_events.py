@@ -134,20 +134,33 @@ def test_many_small_events_may_together_be_larger_than_one():
     assert (len(events), rest) == (9, b"dat")
 
 
-def test_a_long_event_in_many_pieces_is_not_looked_through_again_and_again():
-    class Counting(bytearray):
-        looked_at = 0
+class Counting(bytearray):
+    """Counts the bytes that are looked at."""
 
-        def find(self, *wanted: Any):
-            Counting.looked_at += len(self) - wanted[1]
-            return super().find(*wanted)
+    looked_at = 0
 
+    def find(self, *wanted: Any):
+        found = super().find(*wanted)
+        self.looked_at += (found if found >= 0 else len(self)) - wanted[1]
+        return found
+
+
+@pytest.mark.parametrize("piece", [b"x" * 100, b"data: x\r", b"data: x\n", b"data: x\r\n"])
+def test_a_long_event_in_many_pieces_is_not_looked_through_again_and_again(piece):
     splitter = EventSplitter(1 << 20)
-    splitter._buffer = Counting()
+    splitter._buffer = buffer = Counting(b"\r")
     for _ in range(1_000):
-        assert splitter.feed(b"x" * 100) == []
-    assert splitter.feed(b"\n\n") == [b"x" * 100_000 + b"\n\n"]
-    assert Counting.looked_at < 300_000
+        assert splitter.feed(piece) == []
+    assert len(splitter.feed(b"\n\n")) == 1
+    assert buffer.looked_at < 4 * 1_000 * len(piece)
+
+
+@pytest.mark.parametrize("events", [b"\r\r" * 5_000, b"\n\n" * 5_000, b"\n\n\r\r" * 2_500])
+def test_many_events_at_once_are_not_looked_through_again_and_again(events):
+    splitter = EventSplitter(1 << 20)
+    splitter._buffer = buffer = Counting(b"x")
+    assert len(splitter.feed(events)) == 5_000
+    assert buffer.looked_at < 4 * len(events)
 
 
 # --- reading ----------------------------------------------------------------------------------

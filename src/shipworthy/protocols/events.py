@@ -15,6 +15,7 @@ DONE: Final = b"data: [DONE]\n\n"
 """How OpenAI's protocol says that a stream is over."""
 
 _CR = ord("\r")
+_UNDECIDED = (b"", b"\r")  # behind an LF: whether the line is blank, or where it ends
 _encode = msgspec.json.Encoder().encode
 
 
@@ -58,26 +59,23 @@ class EventSplitter:
         if self._buffer:
             self._buffer += data
             buffer = self._buffer
-        size = len(buffer)
+        size, start = len(buffer), 0
         events: list[bytes] = []
-        start, scan = 0, self._scan
-        while True:
-            end, scan = _end(buffer, scan, returns=self._returns)
-            if not end:
-                break
+        ends = _Ends(buffer, self._scan, returns=self._returns)
+        while end := ends.next():
             events.append(bytes(buffer[start:end]))
-            start = scan = end
-        self._keep(buffer, start, scan)
+            start = end
+        self._scan = ends.scan - start
+        self._keep(buffer, start)
         if size > self._max and max(size - start, 0, *map(len, events)) > self._max:
             raise EventTooLarge(f"stream: an event is longer than {self._max} bytes")
         return events
 
-    def _keep(self, buffer: bytes | bytearray, start: int, scan: int) -> None:
-        self._scan = scan - start
-        if buffer is self._buffer:
-            del self._buffer[:start]
-        elif start < len(buffer):
+    def _keep(self, buffer: bytes | bytearray, start: int) -> None:
+        if buffer is not self._buffer:
             self._buffer += buffer[start:]
+        elif start:
+            del self._buffer[:start]
 
 
 def _uniform_end(data: bytes) -> bytes:
@@ -88,31 +86,53 @@ def _uniform_end(data: bytes) -> bytes:
     return b"\r\n\r\n" if data.count(b"\r") == lines == data.count(b"\n") else b""
 
 
-def _end(buffer: bytes | bytearray, scan: int, *, returns: bool) -> tuple[int, int]:
-    """Where the event that goes on at `scan` ends, or 0 and from where to look when there is more.
+class _Ends:
+    """Looks for the blank lines in a buffer, at each byte no more often than needed.
 
-    A blank line is a line end right after another one.
+    A blank line is a line end right after another one. No event ends before `scan`.
     """
-    size = len(buffer)
-    while True:
-        line = buffer.find(b"\n", scan)
-        if returns:
-            twice = buffer.find(b"\r\r", scan, line if line >= 0 else size)
-            if twice >= 0:
-                return twice + 2, 0
-        if line < 0:
-            half = returns and size > scan and buffer[-1] == _CR  # of what may become two
-            return 0, size - half
-        following = buffer[line + 1 : line + 3]
-        if following[:1] == b"\n":
-            return line + 2, 0
-        if following[:1] == b"\r":
-            if following == b"\r":
-                return 0, line  # whether an LF belongs to it is yet to come
-            return line + (3 if following == b"\r\n" else 2), 0
-        if not following:
-            return 0, line
-        scan = line + 1
+
+    __slots__ = ("_buffer", "_line", "_returns", "_twice", "scan")
+
+    def __init__(self, buffer: bytes | bytearray, scan: int, *, returns: bool) -> None:
+        self._buffer = buffer
+        self._returns = returns
+        self._line = self._twice = -1  # where the next LF, and the next two CRs, are known to be
+        self.scan = scan
+
+    def next(self) -> int:
+        """Where the next event ends; 0 when that is yet to come."""
+        buffer, size = self._buffer, len(self._buffer)
+        while True:
+            line = self._line = self._known(self._line, b"\n")
+            if self._returns:
+                self._twice = self._known(self._twice, b"\r\r")
+                if self._twice < line:
+                    return self._over(self._twice + 2)
+            if line == size:
+                half = self._returns and size > self.scan and buffer[-1] == _CR  # of two, perhaps
+                self.scan = size - half
+                return 0
+            following = bytes(buffer[line + 1 : line + 3])
+            if following[:1] == b"\n":
+                return self._over(line + 2)
+            if following in _UNDECIDED:
+                self.scan = line
+                return 0
+            if following[:1] == b"\r":
+                return self._over(line + (3 if following == b"\r\n" else 2))
+            self.scan = line + 1
+
+    def _known(self, place: int, wanted: bytes) -> int:
+        """The first place from `scan` on; the buffer's end when there is none."""
+        if place >= self.scan:
+            return place
+        found = self._buffer.find(wanted, self.scan)
+        return len(self._buffer) if found < 0 else found
+
+    def _over(self, end: int) -> int:
+        self.scan = end
+        return end
 
 
 def parsed(event: bytes) -> tuple[bytes, bytes | None]:

@@ -7,6 +7,7 @@ import re
 import msgspec
 
 _encode = msgspec.json.Encoder().encode
+_MOST = 200  # fields: more are passed on without their spaces, lest others wait
 _KEY = re.compile(rb"[ \t\n\r]*[{,][ \t\n\r]*")
 _VALUE = re.compile(rb"[ \t\n\r]*:[ \t\n\r]*")
 _CLOSE = re.compile(rb"[ \t\n\r]*\}[ \t\n\r]*")
@@ -22,7 +23,7 @@ def replaced(body: bytes, fields: dict[str, msgspec.Raw], name: str, value: byte
     encoded = _encode(changed)
     before = len(fields[name])
     spaces = len(body) - before - (len(encoded) - len(value))
-    if not spaces:
+    if not spaces or len(fields) > _MOST:
         return encoded  # without spaces or escapes there is one way only to write it
     if spaces == 2 * len(fields) - 1 and _spaced(fields) == body:
         return _spaced(changed)

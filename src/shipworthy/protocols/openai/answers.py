@@ -271,7 +271,7 @@ class StreamReader:
     def renamed(self, event: bytes, served_model: str, model: str) -> bytes:
         """The event seen last as `rename_event` has it, for less."""
         named = self._model
-        if not isinstance(named, str) or served_model == model or named == model:
+        if not isinstance(named, str) or model in (served_model, named):
             return event
         if event.count(b'"model"') == 1 and b"\\u006" not in event:  # no other key can be meant
             if self._names[:2] != (named, model):

@@ -9,7 +9,7 @@ from msgspec import Meta, Raw
 
 from shipworthy.domain.contract import Operation
 from shipworthy.protocols.messages import InvalidMessage, decoded
-from shipworthy.protocols.openai.text import ABSENT, given, items, length
+from shipworthy.protocols.openai.text import ABSENT, MOST, given, items, length
 
 BYTES_PER_TOKEN: Final = 4
 """What a token stands for in English text, by OpenAI's own rule of thumb."""
@@ -62,11 +62,13 @@ class _Asked(msgspec.Struct, gc=False):
 class _Chat(_Asked, gc=False):
     messages: list[_Message] | None = None
 
-    def sizes(self) -> tuple[int, int]:
-        """Number and size of what the model is given to read."""
+    def sizes(self, most: int) -> tuple[int, int]:
+        """Number and size of what the model is given to read, which is `most` at most."""
         if not self.messages:
             missing = "missing" if self.messages is None else "empty"
             raise InvalidMessage(f"messages: {missing}; send at least one message")
+        if len(self.messages) > MOST:
+            return len(self.messages), most
         size = 0
         for message in self.messages:
             size += length(message.content) + len(message.tool_calls)
@@ -76,21 +78,21 @@ class _Chat(_Asked, gc=False):
 class _Completion(_Asked, gc=False):
     prompt: Raw = ABSENT
 
-    def sizes(self) -> tuple[int, int]:
-        """Number and size of what the model is given to read."""
+    def sizes(self, most: int) -> tuple[int, int]:
+        """Number and size of what the model is given to read, which is `most` at most."""
         if not self.prompt:
             raise InvalidMessage("prompt: missing; send the text that is to be completed")
-        return _sizes("prompt", self.prompt)
+        return _sizes("prompt", self.prompt, most)
 
 
 class _Embedding(_Asked, gc=False):
     input: Raw = ABSENT
 
-    def sizes(self) -> tuple[int, int]:
-        """Number and size of what the model is given to read."""
+    def sizes(self, most: int) -> tuple[int, int]:
+        """Number and size of what the model is given to read, which is `most` at most."""
         if not given(self.input):
             raise InvalidMessage("input: missing; send the text that is to be embedded")
-        return _sizes("input", self.input)
+        return _sizes("input", self.input, most)
 
 
 _requests: Final[dict[Operation, msgspec.json.Decoder[Any]]] = {
@@ -109,7 +111,7 @@ def read_request(operation: Operation, body: bytes) -> OpenAIRequest:
     asked: _Chat | _Completion | _Embedding = decoded(_requests[operation], body)
     if not asked.model:
         raise InvalidMessage("model: missing; name the model to ask")
-    messages, size = asked.sizes()
+    messages, size = asked.sizes(len(body))
     tools = given(asked.tools) or given(asked.functions)
     if tools:
         size += len(asked.tools) + len(asked.functions)
@@ -140,7 +142,7 @@ def estimate_tokens(text_bytes: int) -> int:
     return -(-text_bytes // BYTES_PER_TOKEN)
 
 
-def _sizes(field: str, texts: Raw) -> tuple[int, int]:
+def _sizes(field: str, texts: Raw, most: int) -> tuple[int, int]:
     """Number and size of prompts or inputs: a text, token ids, or several of either."""
     content = bytes(texts)
     if content == b"null":
@@ -149,14 +151,17 @@ def _sizes(field: str, texts: Raw) -> tuple[int, int]:
         return 1, len(content) - 2
     if not content.startswith(b"["):
         raise InvalidMessage(f"{field}: expected a text or an array, got neither")
-    if content[1:].lstrip()[:1] in b"-0123456789":
-        return 1, _ids(content)
+    first = content[1:].lstrip()[:1]
+    if first in b"-0123456789":
+        return 1, min(most, _ids(content))
     several = items.decode(content)
-    return len(several), sum(_ids(bytes(one)) or length(one) for one in several)
+    if first == b"[":
+        return len(several), min(most, _ids(content))
+    if first == b'"':
+        return len(several), sum(map(len, several)) - 2 * len(several)
+    return len(several), 0  # pictures and the like
 
 
 def _ids(content: bytes) -> int:
-    """What an array of token ids comes to; 0 when it is anything else."""
-    if content[:1] != b"[" or b'"' in content:
-        return 0
+    """What token ids come to, in one array or several."""
     return (content.count(b",") + 1) * BYTES_PER_TOKEN

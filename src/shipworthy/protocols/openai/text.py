@@ -8,6 +8,9 @@ from msgspec import Raw
 ABSENT = Raw()
 """What a field holds that the message does not."""
 
+MOST = 2_000
+"""Messages or parts of one: more are not looked into one by one, lest others wait."""
+
 _QUOTE, _BRACKET, _BRACE = b'"[{'
 
 
@@ -32,12 +35,24 @@ def length(value: Raw) -> int:
     text = bytes(value)
     if text[0] == _QUOTE:
         return len(text) - 2
-    if text[0] == _BRACKET:
-        return sum(map(length, items.decode(text)))
-    if text[0] == _BRACE:
-        part = _part.decode(text)
-        return length(part.text) + length(part.refusal)
-    return 0
+    if text[0] != _BRACKET:
+        return 0
+    parts = items.decode(text)
+    if len(parts) > MOST:
+        return len(text)
+    return sum(map(_part_length, parts))
+
+
+def _part_length(value: Raw) -> int:
+    if bytes(value)[0] != _BRACE:
+        return string_length(value)
+    part = _part.decode(value)
+    return string_length(part.text) + string_length(part.refusal)
+
+
+def string_length(value: Raw) -> int:
+    """The bytes of a string; nothing else has any."""
+    return len(value) - 2 if len(value) > 2 and bytes(value)[0] == _QUOTE else 0
 
 
 def given(value: Raw | None) -> bool:
