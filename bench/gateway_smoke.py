@@ -24,7 +24,7 @@ import uvloop
 from shipworthy.domain.contract import Contract, Tensor
 from shipworthy.domain.keys import hash_key, new_key
 from shipworthy.domain.plan import Arm, Endpoint, Key, Plan, Snapshot, encode_snapshot
-from shipworthy.gateway import GatewayOptions, run
+from shipworthy.gateway import GatewayOptions, Outside, run
 from shipworthy.stores.journal import JournalWriter
 
 ANSWER = (
@@ -117,12 +117,14 @@ def upstream(pipe):
 def worker(folder):
     run(
         GatewayOptions(port=0, ready_file=folder / "ready"),
-        journal=JournalWriter(folder / "journals", worker="bench", max_bytes=1 << 30),
-        newest_snapshot=lambda: folder / "snapshot",
-        signing_secret=bytes(32),
-        pseudonym_secret=bytes(32),
-        clock=time.time,
-        uniform=random.random,
+        Outside(
+            journal=JournalWriter(folder / "journals", worker="bench", max_bytes=1 << 30),
+            newest_snapshot=lambda: folder / "snapshot",
+            signing_secret=bytes(32),
+            pseudonym_secret=bytes(32),
+            clock=time.time,
+            uniform=random.random,
+        ),
     )
 
 

@@ -21,7 +21,7 @@ from shipworthy.app.founding import read_policy
 from shipworthy.domain.manifest import ReleaseSpec
 from shipworthy.domain.policy import PRESETS, Policy
 from shipworthy.protocols.documents import read_document
-from shipworthy.protocols.outcomes import OIP
+from shipworthy.protocols.outcomes import OUTCOMES
 from shipworthy.release.catalogue import built_in
 from shipworthy.settings import Settings
 
@@ -297,7 +297,7 @@ def test_the_checklist_page_is_the_checklist() -> None:
 def test_every_outcome_reason_is_in_its_class() -> None:
     text = (ROOT / "docs/gateway.md").read_text()
     titles = {"failure": "failure", "client_fault": "client's fault", "censored": "censored"}
-    for reason, outcome in OIP.items():
+    for reason, outcome in OUTCOMES.items():
         if reason:
             title = titles[outcome.value]
             row = next(line for line in text.splitlines() if line.startswith(f"| {title}"))

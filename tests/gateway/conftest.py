@@ -27,7 +27,7 @@ from shipworthy.domain.plan import (
     encode_snapshot,
 )
 from shipworthy.domain.records import FeedbackRecord, InferenceRecord, Record
-from shipworthy.gateway import GatewayOptions, serve
+from shipworthy.gateway import GatewayOptions, Outside, serve
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -226,6 +226,7 @@ class Worker:
     journal: FakeJournal = field(default_factory=FakeJournal)
     clock: Clock = field(default_factory=Clock)
     draw: float = 0.5
+    outside: dict[str, Any] = field(default_factory=dict)
     port: int = 0
     keys: dict[str, str] = field(default_factory=dict)
     snapshot: Snapshot = None  # type: ignore[assignment]
@@ -307,12 +308,15 @@ class Worker:
         self._task = asyncio.create_task(
             serve(
                 GatewayOptions(**settings),
-                journal=self.journal,
-                newest_snapshot=lambda: self.path,
-                signing_secret=SECRET,
-                pseudonym_secret=SECRET,
-                clock=self.clock,
-                uniform=lambda: self.draw,
+                Outside(
+                    journal=self.journal,
+                    newest_snapshot=lambda: self.path,
+                    signing_secret=SECRET,
+                    pseudonym_secret=SECRET,
+                    clock=self.clock,
+                    uniform=lambda: self.draw,
+                    **self.outside,
+                ),
                 ready=lambda _, port: listening.set_result(port),
                 stop=self._stop,
             )

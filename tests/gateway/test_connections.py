@@ -7,7 +7,6 @@ import resource
 import socket
 import time
 
-import aiohttp
 import msgspec
 import pytest
 
@@ -155,7 +154,7 @@ async def test_a_body_for_a_door_that_takes_none_ends_the_connection(worker):
         (
             b"POST / HTTP/1.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n", 400,
         ),
-        (b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", 401),  # by its head
         (b"GET /\xff\xfe HTTP/1.1\r\n\r\n", 400),
         (b"GET http:// HTTP/1.1\r\n\r\n", 400),
         (b"GET %zz HTTP/1.1\r\n\r\n", 400),
@@ -336,16 +335,16 @@ async def test_an_upgrade_without_a_body_is_answered(worker):
 async def test_a_lack_of_descriptors_is_not_the_models_failure(worker, monkeypatch):
     """As it were if clients held all of them."""
     await worker.start()
-    connect = aiohttp.TCPConnector.connect
+    loop = asyncio.get_running_loop()
+    connect = loop.create_connection
 
-    async def refuse(self, request, *others, **options):
-        if worker.model.url.endswith(f":{request.url.port}"):
-            lack = OSError(errno.EMFILE, "Too many open files")
-            raise aiohttp.ClientConnectorError(request.connection_key, lack)
-        return await connect(self, request, *others, **options)
+    async def refuse(factory, host, port, **options):
+        if worker.model.url.endswith(f":{port}"):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return await connect(factory, host, port, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(aiohttp.TCPConnector, "connect", refuse)
+        patch.setattr("shipworthy.gateway.wire.connect", refuse)
         replies = [await worker.infer() for _ in range(6)]
     assert {(reply.status, reply.headers["retry-after"]) for reply in replies} == {(503, "1")}
     assert worker.journal.last.outcome is Outcome.CENSORED

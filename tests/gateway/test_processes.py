@@ -1,7 +1,9 @@
 """A worker as a process of its own: its port, its signals, its journal, its second life."""
 
 import asyncio
+import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ PROGRAM = """
 import random, sys, time
 from pathlib import Path
 from shipworthy.errors import ShipworthyError
-from shipworthy.gateway import GatewayOptions, run
+from shipworthy.gateway import GatewayOptions, Outside, run
 from shipworthy.stores.journal import JournalWriter
 
 folder = Path(sys.argv[1])
@@ -25,8 +27,10 @@ journal = JournalWriter(folder / "journals", worker="w1", max_bytes=10_000_000)
 try:
     run(
         GatewayOptions(port=int(sys.argv[2]), ready_file=folder / "ready", drain_seconds=2.0),
-        journal=journal, newest_snapshot=lambda: folder / "snapshot", signing_secret=bytes(32),
-        pseudonym_secret=bytes(32), clock=time.time, uniform=random.random,
+        Outside(
+            journal=journal, newest_snapshot=lambda: folder / "snapshot", signing_secret=bytes(32),
+            pseudonym_secret=bytes(32), clock=time.time, uniform=random.random,
+        ),
     )
 except ShipworthyError as error:
     sys.exit(str(error))
@@ -172,16 +176,22 @@ async def test_an_address_that_is_not_ours_is_one_clear_sentence(worker):
         await worker.start(host="no such host")
 
 
-async def test_two_workers_can_share_a_port(worker, tmp_path):
-    await worker.start(reuse_port=True)
-    other = type(worker)(tmp_path / "other", worker.model, worker.candidate_model)
-    other.folder.mkdir()
-    await other.start(reuse_port=True, port=worker.port)
-    assert other.port == worker.port
+async def test_two_workers_can_share_a_socket(worker, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        await worker.start(sockets=(os.dup(listening.fileno()),))
+        other = type(worker)(tmp_path / "other", worker.model, worker.candidate_model)
+        other.folder.mkdir()
+        await other.start(sockets=(os.dup(listening.fileno()),))
+        assert other.port == worker.port == listening.getsockname()[1]
+        await all_answered(worker.url)
+        await other.stop()
+        await all_answered(worker.url)
+
+
+async def all_answered(url):
     for _ in range(10):
-        async with aiohttp.ClientSession() as session, session.get(worker.url + "/healthz") as got:
+        async with aiohttp.ClientSession() as session, session.get(url + "/healthz") as got:
             assert got.status == 200
-    await other.stop()
 
 
 def test_a_worker_loads_neither_numbers_nor_databases():

@@ -3,11 +3,11 @@
 import pytest
 
 from shipworthy.domain.records import Outcome
-from shipworthy.protocols.outcomes import OIP, Reason, reason_of_status
+from shipworthy.protocols.outcomes import OUTCOMES, Reason, reason_of_status
 
 
 def test_every_reason_has_a_class():
-    assert set(OIP) == set(Reason)
+    assert set(OUTCOMES) == set(Reason)
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,11 @@ def test_an_upstreams_status_says_why(status, reason):
 
 
 def test_only_an_answer_is_a_success():
-    assert [reason for reason, outcome in OIP.items() if outcome is Outcome.SUCCESS] == [
+    assert [reason for reason, outcome in OUTCOMES.items() if outcome is Outcome.SUCCESS] == [
         Reason.ANSWERED
     ]
 
 
 def test_no_other_status_is_anything_but_the_releases_failure():
     others = [*range(100, 200), *range(201, 600)]
-    assert {OIP[reason_of_status(status)] for status in others} == {Outcome.FAILURE}
+    assert {OUTCOMES[reason_of_status(status)] for status in others} == {Outcome.FAILURE}

@@ -11,10 +11,9 @@ import fcntl
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Awaitable, Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -22,13 +21,14 @@ import msgspec
 from shipworthy.app.access import admin_key
 from shipworthy.app.children import Child, Processes, processes_file
 from shipworthy.app.fleet import Fleet
-from shipworthy.app.gateway_address import gateway_file, gateway_url
-from shipworthy.app.gateway_worker import WorkerOptions
+from shipworthy.app.gateway_address import GatewayAddress, gateway_file
 from shipworthy.app.http import AiohttpClient
+from shipworthy.app.listening import Listeners, listen
 from shipworthy.app.place import check_here, elsewhere
 from shipworthy.app.serving import make_runtimes
 from shipworthy.app.session import Session
 from shipworthy.app.status import LOCK
+from shipworthy.app.workers import Workers, check_gateway, make_workers
 from shipworthy.errors import Conflict, ShipworthyError, Unavailable
 from shipworthy.ports import Runtime
 from shipworthy.rollout.keeper import LEASE_SECONDS
@@ -38,10 +38,8 @@ from shipworthy.stores.files import replace_file
 log = logging.getLogger(__name__)
 
 RECONCILE_SECONDS = 0.2
-READY_SECONDS = 60.0
-_GATEWAY_GRACE, _KEEPER_GRACE, _LAKE_GRACE = 30.0, 10.0, 30.0
+_KEEPER_GRACE, _LAKE_GRACE = 10.0, 30.0
 _KEEPER_SILENCE = 5.0  # it may have been stopped amid a transaction, and then nobody can write
-_GATEWAY_SILENCE = 10.0  # its loop says it, and may be held up by the largest of bodies
 _LAKE_SILENCE = 15.0  # nobody waits for it
 _TELL_SECONDS = 0.2
 INTERRUPTED = 130
@@ -58,15 +56,22 @@ class Up:
 
 
 @dataclass(frozen=True, slots=True)
-class _Family:
-    """The children; all keepers are alike, and any of them may be in office."""
+class Bell:
+    """What `supervise` is told from outside: to end, and to restart the gateway's workers."""
 
-    gateway: Child
+    stop: asyncio.Event
+    renew: asyncio.Event
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """The children beside the gateway's; keepers are alike, and any of them may be in office."""
+
     keepers: tuple[Child, ...]
     lake: Child
 
     def __iter__(self) -> Iterator[Child]:
-        yield from (*self.keepers, self.lake, self.gateway)
+        yield from (*self.keepers, self.lake)
 
 
 @contextmanager
@@ -87,12 +92,15 @@ def only_one(project: Project) -> Generator[None]:
 
 
 def run(session: Session, on_ready: Callable[[Up], Awaitable[object]]) -> int:
-    """`supervise` until Ctrl-C or SIGTERM; the exit code. A second one ends everything at once."""
+    """`supervise` until Ctrl-C or SIGTERM; the exit code. A second one ends everything at once.
+
+    SIGHUP restarts the gateway's workers, unless it says that our terminal is gone.
+    """
 
     async def until_signalled() -> None:
-        stop = asyncio.Event()
-        _stop_on_signals(stop)
-        await supervise(session, on_ready=on_ready, stop=stop)
+        bell = Bell(asyncio.Event(), asyncio.Event())
+        _heed_signals(bell)
+        await supervise(session, on_ready=on_ready, bell=bell)
 
     try:
         asyncio.run(until_signalled())
@@ -102,69 +110,81 @@ def run(session: Session, on_ready: Callable[[Up], Awaitable[object]]) -> int:
 
 
 async def supervise(
-    session: Session, *, on_ready: Callable[[Up], Awaitable[object]], stop: asyncio.Event
+    session: Session, *, on_ready: Callable[[Up], Awaitable[object]], bell: Bell
 ) -> None:
-    """Keep everything running until `stop`, then drain and end it in order.
+    """Keep everything running until told to stop, then drain and end it in order.
 
     First the gateway, which answers what is under way, then replicas and keepers, and the lake's
     writer last. When this is cancelled, all end at once.
 
-    Raises Conflict when another one does so already, here or for the same ledger elsewhere, and
-    Unavailable when the gateway's port is taken.
+    Raises Conflict when another one does so already, here or for the same ledger elsewhere,
+    Unavailable when the gateway's port is taken, and UsageError when its settings are of no use.
     """
     project = session.project
     with only_one(project):
-        async with AiohttpClient() as http:
-            await _supervise(session, make_runtimes(session, http), on_ready, stop)
+        for note in check_gateway(project, session.clock()):
+            log.warning("%s", note)
+        with closing(listen(project)) as listeners:
+            async with AiohttpClient() as http:
+                runtime = make_runtimes(session, http)
+                await _supervise(session, listeners, runtime, on_ready, bell)
 
 
 async def _supervise(
     session: Session,
+    listeners: Listeners,
     runtime: Runtime,
     on_ready: Callable[[Up], Awaitable[object]],
-    stop: asyncio.Event,
+    bell: Bell,
 ) -> None:
-    project = session.project
-    _check_port(project)
+    project, stop = session.project, bell.stop
     await _no_one_elsewhere(session, stop)
     key = admin_key(session)
     gateway_file(project).unlink(missing_ok=True)
-    family = _family(session)
+    family, workers = _family(session), make_workers(project, listeners, session.clock)
     fleet = Fleet(session.ledger, runtime, lambda term: check_here(project, term, session.clock()))
     running = [asyncio.create_task(child.run()) for child in family]
-    telling = asyncio.create_task(_tell(session, family))
+    workers.start()
+    telling = asyncio.create_task(_tell(session, family, workers))
+    renewing = asyncio.create_task(_renew(workers, bell))
     reconciling = asyncio.create_task(_reconcile(fleet, stop))
     try:
-        url = await _ready(project, family.gateway, stop)
-        if url is not None:
+        if await workers.ready(stop):
+            url = _say_where(workers)
             await on_ready(Up(url, key, stop.is_set))
             await stop.wait()
     finally:
         stop.set()
+        renewing.cancel()
         try:
             if not _is_cancelled():
-                await _end_in_order(family, fleet, reconciling)
+                await _end_in_order(family, workers, fleet, reconciling)
         finally:
             for child in family:
                 child.kill()
+            workers.kill()
             telling.cancel()
-            await asyncio.gather(reconciling, telling, *running, return_exceptions=True)
+            await asyncio.gather(
+                reconciling, telling, renewing, workers.gone(), *running, return_exceptions=True
+            )
             for file in (gateway_file(project), processes_file(project)):
                 file.unlink(missing_ok=True)
 
 
-async def _end_in_order(family: _Family, fleet: Fleet, reconciling: asyncio.Task[None]) -> None:
+async def _end_in_order(
+    family: _Family, workers: Workers, fleet: Fleet, reconciling: asyncio.Task[None]
+) -> None:
     """Answer what is under way, have it counted, and moved to the lake with what came of it.
 
     Keepers end one after the other: what the first gives up, the next takes over at once.
     """
-    await family.gateway.stop(_GATEWAY_GRACE)
+    await workers.stop()
     await asyncio.gather(reconciling, return_exceptions=True)
-    closing = asyncio.create_task(fleet.close())
+    ending = asyncio.create_task(fleet.close())
     for keeper in reversed(family.keepers):
         await keeper.stop(_KEEPER_GRACE)
     await family.lake.stop(_LAKE_GRACE)
-    await closing
+    await ending
 
 
 def _is_cancelled() -> bool:
@@ -172,64 +192,79 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _stop_on_signals(stop: asyncio.Event) -> None:
+def _heed_signals(bell: Bell) -> None:
     """Let the first Ctrl-C or SIGTERM end things in order, and the second at once."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    has_terminal, ignored = _has_terminal(), signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
     def end() -> None:
-        if stop.is_set() and task is not None:
+        if bell.stop.is_set() and task is not None:
             task.cancel()
-        stop.set()
+        bell.stop.set()
+
+    def hang_up() -> None:
+        if not has_terminal or _has_terminal():
+            bell.renew.set()
+        elif not ignored:  # as `nohup` wants it
+            bell.stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end)
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
+
+
+def _has_terminal() -> bool:
+    """Whether we belong to a terminal, and somebody is at its other end."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _family(session: Session) -> _Family:
-    project, settings = session.project, session.project.settings
-    options = WorkerOptions(
-        worker="worker-0",
-        host=settings.gateway.host,
-        port=settings.gateway.port,
-        max_body=settings.gateway.max_body_bytes,
-        journal_bytes=settings.journal.max_bytes,
-    )
-    gateway = (str(project.state), msgspec.json.encode(options).decode())
-    keepers = ("keeper", "standby") if settings.keeper.standby else ("keeper",)
+    project = session.project
+    keepers = ("keeper", "standby") if project.settings.keeper.standby else ("keeper",)
 
-    def child(name: str, module: str, silence: float, *arguments: str) -> Child:
+    def child(name: str, module: str, silence: float) -> Child:
         return Child(
             name,
-            (sys.executable, "-m", f"shipworthy.app.{module}", *arguments),
+            (sys.executable, "-m", f"shipworthy.app.{module}", str(project.root)),
             project.logs / f"{name.replace(' ', '-')}.log",
             silence,
             session.clock,
         )
 
-    root = str(project.root)
     return _Family(
-        gateway=child("gateway", "gateway_worker", _GATEWAY_SILENCE, *gateway),
-        keepers=tuple(child(name, "keeping", _KEEPER_SILENCE, root) for name in keepers),
-        lake=child("lake writer", "lake_writing", _LAKE_SILENCE, root),
+        keepers=tuple(child(name, "keeping", _KEEPER_SILENCE) for name in keepers),
+        lake=child("lake writer", "lake_writing", _LAKE_SILENCE),
     )
 
 
-def _check_port(project: Project) -> None:
-    """Say that a port is taken before anything is started."""
-    host, port = project.settings.gateway.host, project.settings.gateway.port
-    if port == 0:
-        return
+def _say_where(workers: Workers) -> str:
+    """Write down where the gateway listens; gives its address as clients write it."""
+    project, listeners = workers.project, workers.listeners
+    address = GatewayAddress(
+        host=listeners.host,
+        port=listeners.port,
+        pid=os.getpid(),
+        unix_socket=str(listeners.unix_path) if listeners.unix_path else None,
+        tls=str(project.certificate) if project.certificate else None,
+    )
     try:
-        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        message = (
-            f"the gateway can't listen on {host}:{port} ({error.strerror}); free the port, or set"
-            " gateway.port in shipworthy.yaml (0 takes any free one)"
-        )
-        raise Unavailable(message) from error
+        replace_file(gateway_file(project), msgspec.json.encode(address))
+    except Unavailable as error:  # a full disk: serving goes on, as far as its address is known
+        log.warning("%s; commands don't find the gateway at %s", error, address.url)
+    return address.url
+
+
+async def _renew(workers: Workers, bell: Bell) -> None:
+    """Restart the gateway's workers whenever told to."""
+    while True:
+        await bell.renew.wait()
+        bell.renew.clear()
+        await workers.renew()
+        _say_where(workers)
 
 
 async def _no_one_elsewhere(session: Session, stop: asyncio.Event) -> None:
@@ -245,27 +280,15 @@ async def _no_one_elsewhere(session: Session, stop: asyncio.Event) -> None:
         await asyncio.sleep(0.1)
 
 
-async def _ready(project: Project, gateway: Child, stop: asyncio.Event) -> str | None:
-    """The gateway's address once it listens; None when told to stop before."""
-    deadline = asyncio.get_running_loop().time() + READY_SECONDS
-    while not stop.is_set():
-        with suppress(Unavailable):
-            return gateway_url(project)
-        if gateway.restarts > 2 or asyncio.get_running_loop().time() > deadline:
-            message = gateway.problem or f"the gateway did not start; see {gateway.log_file}"
-            raise Unavailable(message)
-        await asyncio.sleep(0.05)
-    return None
-
-
-async def _tell(session: Session, family: _Family) -> None:
+async def _tell(session: Session, family: _Family, workers: Workers) -> None:
     """Keep what is known about the children in their file."""
     file, since, told, refused = processes_file(session.project), session.clock(), None, ""
     while True:
         known = Processes(
             pid=os.getpid(),
             since=since,
-            children=tuple(child.state for child in family),
+            children=(*(child.state for child in family), *workers.states),
+            renewal=workers.renewal,
         )
         if known != told:
             try:

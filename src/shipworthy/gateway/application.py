@@ -1,45 +1,42 @@
-"""The gateway as an ASGI application: which door, with which key."""
+"""Which door a request knocks at, with which key, and who answers there."""
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import logging
 import re
-import time
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
-
-import msgspec
+from collections.abc import Callable
+from functools import partial
+from typing import Final
 
 from shipworthy import __version__
+from shipworthy.domain.contract import Operation
 from shipworthy.domain.keys import hash_key, key_id
 from shipworthy.domain.plan import Key
+from shipworthy.gateway.access_log import plain_line
+from shipworthy.gateway.connection import Connections
+from shipworthy.gateway.dialects import LanguageAsk, TensorAsk, language_error
 from shipworthy.gateway.feedback import FeedbackDoor
-from shipworthy.gateway.http import (
-    CLOSE,
-    RETRY,
-    Answer,
-    ClientGone,
-    Receive,
-    Refusal,
-    Request,
-    Scope,
-    Send,
-    send_answer,
-)
+from shipworthy.gateway.http import CLOSE, RETRY, Answer, Handler, Refusal, Request, plain_error
 from shipworthy.gateway.inference import InferenceDoor
 from shipworthy.gateway.live import LiveArm, LivePlan
 from shipworthy.gateway.metrics import CONTENT_TYPE
 from shipworthy.gateway.parts import Parts
-from shipworthy.protocols import oip
+from shipworthy.protocols import oip, openai
+from shipworthy.protocols.messages import InvalidMessage
 
 _log = logging.getLogger("shipworthy.gateway")
 _access = logging.getLogger("shipworthy.gateway.access")
 
-_MODEL: Final = re.compile(
+_TENSORS: Final = re.compile(
     r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?(?P<rest>/ready|/infer)?"
 )
+_LANGUAGE: Final[dict[str, Operation]] = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completions",
+    "/v1/embeddings": "embeddings",
+}
+_MODELS: Final = "/v1/models"
 _NO_KEY: Final = "0" * 64
 _UNAUTHENTICATED: Final = (
     "no valid key; send `Authorization: Bearer sw_…` with a key that exists,"
@@ -49,20 +46,21 @@ _MAX_KEY: Final = 512
 
 
 class Application:
-    """Routes requests.
+    """Routes requests by their heads.
 
-    `draining` is set while the worker ends: it is not ready any more. `connections` counts the open
-    ones, for the metrics.
+    `draining` is set while the worker ends: it is not ready any more. `connections` is set by
+    whoever accepts them.
     """
 
-    def __init__(self, parts: Parts, *, connections: Callable[[], int]) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.draining = False
+        self.connections: Connections | None = None
+        self._options = parts.options
         self._follower = parts.follower
         self._fleet = parts.fleet
         self._metrics = parts.metrics
         self._clock = parts.outside.clock
-        self._access_log = parts.options.access_log
-        self._connections = connections
+        self._monotonic = parts.outside.monotonic
         self._inference = InferenceDoor(parts)
         self._feedback = FeedbackDoor(parts)
         self._faults: set[tuple[str, int]] = set()
@@ -74,64 +72,90 @@ class Application:
             "/metrics": self._exposition,
         }
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; nothing that a client sends raises out of here."""
-        if scope["type"] != "http":
-            return
-        began = time.monotonic() if self._access_log else 0.0
-        request = Request(scope, receive)
+    def open(self, request: Request) -> Answer | Handler:
+        """Decide by the head; nothing that a client sends raises out of here."""
         try:
-            answer = await self._answer(request)
-            if self._access_log:
-                self._log_access(request, answer, time.monotonic() - began)
-            await send_answer(send, answer, close=request.leaves_body())
-        except ClientGone:
-            return
-        except asyncio.CancelledError:
-            if request.gone():
-                return
-            await send_answer(send, _ending())
-
-    async def _answer(self, request: Request) -> Answer:
-        try:
-            return await self._route(request)
+            opened = self._route(request)
         except Refusal as refusal:
-            return refusal.answer()
-        except ClientGone:
-            raise
-        except Exception as fault:  # noqa: BLE001  # the client gets an answer, whatever it is
-            self._note_fault(fault)
-            return Answer(500, oip.error_body("the gateway has a fault; it is in its log"), [CLOSE])
+            opened = refusal.answer(request.shape)
+        if self._options.access_log and isinstance(opened, Answer):
+            _access.info(
+                plain_line(self._clock(), 0.0, request.method, request.path, opened.status)
+            )
+        return opened
 
-    def _route(self, request: Request) -> Awaitable[Answer]:
+    def failed(self, fault: Exception) -> Answer:
+        """Count a fault of ours, or tell what was refused; the client gets an answer, whatever."""
+        if isinstance(fault, Refusal):
+            return fault.answer()
+        self._note_fault(fault)
+        return Answer(500, plain_error(500, "the gateway has a fault; it is in its log"), [CLOSE])
+
+    def _route(self, request: Request) -> Answer | Handler:
         path = request.path
+        operation = _LANGUAGE.get(path)
+        if operation is not None or path.startswith(_MODELS):
+            request.shape = language_error
         opened = self._open_doors.get(path)
         if opened is not None:
             _only(request, "GET", "HEAD")
-            return _done(opened())
+            return opened()
         key = self._authenticate(request)
-        model = _MODEL.fullmatch(path)
-        if model is not None:
-            return self._model(request, key, model)
+        if operation is not None:
+            _only(request, "POST")
+            request.limit = self._options.max_body
+            return partial(self._ask_language, key=key, operation=operation)
+        tensors = _TENSORS.fullmatch(path)
+        if tensors is not None:
+            return self._tensors(request, key, tensors)
         if path == "/v1/feedback":
             _only(request, "POST")
-            return self._feedback.take(request, key)
+            request.limit = self._options.max_feedback
+            return partial(self._take_feedback, key=key)
+        return self._document(request, key)
+
+    def _document(self, request: Request, key: Key) -> Answer:
+        """What can be read besides the models that take tensors."""
+        path = request.path
+        if path == _MODELS or path.startswith(_MODELS + "/"):
+            _only(request, "GET", "HEAD")
+            return self._models(key, path.removeprefix(_MODELS)[1:])
         if path == "/v2":
             _only(request, "GET", "HEAD")
-            return _done(Answer(200, oip.server_metadata("shipworthy", __version__)))
-        raise Refusal(404, "there is nothing here; models are under /v2/models/")
+            return Answer(200, oip.server_metadata("shipworthy", __version__))
+        raise Refusal(404, "there is nothing here; models are under /v2/models/ and /v1/")
 
-    def _model(self, request: Request, key: Key, match: re.Match[str]) -> Awaitable[Answer]:
+    # --- doors ------------------------------------------------------------------------------
+
+    async def _ask_language(
+        self, request: Request, *, key: Key, operation: Operation
+    ) -> Answer | None:
+        """OpenAI's doors: which model is meant stands in the body."""
+        if isinstance(request.problem, Refusal):
+            return request.problem.answer(request.shape)
+        if request.problem is not None:
+            raise request.problem
+        try:
+            ask = LanguageAsk(operation, request.body)
+            live = self._plan(ask.said.model, key)
+        except InvalidMessage as problem:
+            return Refusal(400, str(problem)).answer(request.shape)
+        except Refusal as refusal:
+            return refusal.answer(request.shape)
+        return await self._inference.infer(request, key, live, None, lambda _: ask)
+
+    def _tensors(self, request: Request, key: Key, match: re.Match[str]) -> Answer | Handler:
         live = self._plan(match["name"], key)
         pinned = self._pinned(live, key, match["version"])
         if match["rest"] == "/infer":
             _only(request, "POST")
-            return self._inference.infer(request, key, live, pinned)
+            request.limit = self._options.max_body
+            return partial(self._infer, key=key, live=live, pinned=pinned)
         _only(request, "GET", "HEAD")
         name = live.plan.name
         arm = pinned or live.stable
         if match["rest"] == "/ready":
-            return _done(Answer(200 if arm.ready else 503, oip.model_ready(name, ready=arm.ready)))
+            return Answer(200 if arm.ready else 503, oip.model_ready(name, ready=arm.ready))
         arms = [pinned] if pinned else [live.stable, *filter(None, [live.candidate])]
         if key.role == "client":
             arms = [live.stable]  # who is being tried out is nobody's business
@@ -139,7 +163,28 @@ class Application:
         document = oip.model_metadata(
             name, arm.arm.contract, versions=versions, platform="shipworthy"
         )
-        return _done(Answer(200, document, arm.headers))
+        return Answer(200, document, arm.headers)
+
+    async def _infer(
+        self, request: Request, *, key: Key, live: LivePlan, pinned: LiveArm | None
+    ) -> Answer | None:
+        return await self._inference.infer(request, key, live, pinned, TensorAsk)
+
+    async def _take_feedback(self, request: Request, *, key: Key) -> Answer:
+        try:
+            return self._feedback.take(request, key)
+        except Refusal as refusal:
+            return refusal.answer(request.shape)
+
+    def _models(self, key: Key, name: str) -> Answer:
+        """`GET /v1/models`: those that the key may call; or one of them."""
+        if name:
+            live = self._plan(name, key)
+            return Answer(200, openai.model_document(*_described(live)))
+        callable_ = [live for live in self._fleet.plans.values() if key.may_call(live.plan.name)]
+        return Answer(200, openai.models_list(map(_described, callable_)))
+
+    # --- who may ----------------------------------------------------------------------------
 
     def _authenticate(self, request: Request) -> Key:
         """The key that was sent; 401 in the same words whatever is wrong with it."""
@@ -190,13 +235,15 @@ class Application:
             )
         return arm
 
+    # --- state ------------------------------------------------------------------------------
+
     def _readiness(self) -> Answer:
         ready = not self.draining and self._follower.keys_honoured()
         return Answer(200 if ready else 503, oip.server_ready(ready=ready))
 
     def _exposition(self) -> Answer:
         self._metrics.snapshot_age.set(self._follower.age())
-        self._metrics.connections.set(self._connections())
+        self._metrics.connections.set(len(self.connections.open) if self.connections else 0)
         return Answer(200, self._metrics.exposition(), content_type=CONTENT_TYPE)
 
     def _note_fault(self, fault: Exception) -> None:
@@ -210,31 +257,16 @@ class Application:
             self._faults.add(where)
             _log.error("unhandled fault; further ones like it are only counted", exc_info=fault)
 
-    def _log_access(self, request: Request, answer: Answer, seconds: float) -> None:
-        line: dict[str, Any] = {
-            "at": self._clock(),
-            "method": request.method,
-            "path": request.path[:200],
-            "status": answer.status,
-            "seconds": round(seconds, 6),
-            "inference": dict(answer.headers).get(b"x-shipworthy-inference", b"").decode(),
-        }
-        _access.info(msgspec.json.encode(line).decode())
-
 
 def _liveness() -> Answer:
     return Answer(200, oip.server_live(live=True))
 
 
-def _ending() -> Answer:
-    return Answer(503, oip.error_body("the gateway is ending; ask again"), [RETRY, CLOSE])
+def _described(live: LivePlan) -> tuple[str, int, str]:
+    return live.plan.name, 0, "shipworthy"
 
 
 def _only(request: Request, *methods: str) -> None:
     if request.method not in methods:
         allow = ", ".join(methods)
         raise Refusal(405, f"use {allow} here", headers=[(b"allow", allow.encode())])
-
-
-async def _done(answer: Answer) -> Answer:
-    return answer

@@ -5,28 +5,39 @@ A record that can't be written is counted; the client never hears of it.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 
 from shipworthy.domain.records import InferenceRecord, Outcome
+from shipworthy.gateway.access_log import access_line
 from shipworthy.gateway.call import Call
-from shipworthy.gateway.metrics import Metrics
-from shipworthy.gateway.needs import Clock, Journal
+from shipworthy.gateway.parts import Parts
 
 _log = logging.getLogger("shipworthy.gateway")
+_access = logging.getLogger("shipworthy.gateway.access")
 
 
 class Capture:
     """Writes a call's record, whole and in the journal, before its answer goes out."""
 
-    def __init__(self, journal: Journal, metrics: Metrics, clock: Clock) -> None:
-        self._journal = journal
-        self._metrics = metrics
-        self._clock = clock
+    def __init__(self, parts: Parts) -> None:
+        outside = parts.outside
+        self._journal = outside.journal
+        self._metrics = parts.metrics
+        self._clock = outside.clock
+        self._uniform = outside.uniform
+        self._export = outside.export
+        self._access_log = parts.options.access_log
         self._failing = False
 
-    def write(self, call: Call, *, status: int, response: bytes, seconds: float) -> None:
-        """Append the record and count the call."""
-        record = self._record(call, status, response, seconds)
+    def write(
+        self, call: Call, status: int, response: bytes, seconds: float, *, digest: str | None = None
+    ) -> None:
+        """Append the record, count the call and settle what it has used.
+
+        `digest` is that of the whole answer where `response` is its beginning only.
+        """
+        record = self._record(call, status, response, seconds, digest)
         try:
             written = self._journal.append(record)
         except Exception:  # noqa: BLE001  # capture never hurts serving
@@ -39,14 +50,50 @@ class Capture:
         if written is self._failing:  # said once when it begins, and once when it is over
             self._failing = not written
             _log.warning("records are written again" if written else "records are being dropped")
-        plan = call.live.plan
-        self._metrics.answered(plan.name, status, seconds, len(call.body), len(response))
-        self._metrics.attempted(plan.name, record.release, record.outcome.value, record.reason)
+        self._count(call, record)
+        if call.admission is not None:
+            tokens = (record.input_tokens or 0) + (record.output_tokens or 0)
+            call.admission.settle(tokens, record.cost or 0.0)
+        if call.context is not None and self._export is not None:
+            self._export(record, call.context)
+        if self._access_log:
+            request = call.request
+            _access.info(access_line(record, request.method, request.path, status))
 
-    def _record(self, call: Call, status: int, response: bytes, seconds: float) -> InferenceRecord:
-        plan = call.live.plan
-        full = plan.capture.payloads == "full"
-        limit = plan.capture.max_bytes
+    def _count(self, call: Call, record: InferenceRecord) -> None:
+        metrics, plan = self._metrics, record.plan
+        metrics.answered(
+            plan, record.status, record.seconds, record.request_bytes, record.response_bytes
+        )
+        metrics.attempted(plan, record.release, record.outcome.value, record.reason)
+        usage = call.usage
+        if usage is not None:
+            metrics.tokens(
+                plan, usage.input_tokens or 0, usage.output_tokens or 0, record.cost or 0.0
+            )
+        if record.first_content_seconds is not None:
+            metrics.stream(plan, record.first_content_seconds, record.gap_seconds)
+
+    def _record(
+        self, call: Call, status: int, response: bytes, seconds: float, digest: str | None
+    ) -> InferenceRecord:
+        plan, ask, usage, timing = call.live.plan, call.ask, call.usage, call.timing
+        rules = plan.capture
+        keeps = rules.payloads == "full" or (
+            rules.payloads == "sampled" and self._uniform() < rules.sample
+        )
+        request: bytes | None = None
+        answer: bytes | None = None
+        request_digest: str | None = None
+        if keeps:
+            limit = rules.max_bytes
+            body = call.request.body
+            request, answer = body[:limit], response[:limit]
+            if len(body) > limit:
+                request_digest = hashlib.sha256(body).hexdigest()
+            if len(response) > limit:
+                digest = hashlib.sha256(response).hexdigest()
+        serving = call.serving
         return InferenceRecord(
             id=call.id,
             at=self._clock(),
@@ -62,7 +109,7 @@ class Capture:
             rollout=call.choice.rollout,
             unit=call.unit,
             serving=call.answered_by,
-            serving_release=call.serving.arm.release if call.serving else None,
+            serving_release=serving.arm.release if serving else None,
             reason=call.reason.value,
             seconds=seconds,
             attempt_seconds=call.first_seconds,
@@ -70,8 +117,22 @@ class Capture:
             attempts=call.attempts,
             slices=call.slices,
             traceparent=call.traceparent,
-            request_bytes=len(call.body),
-            response_bytes=len(response),
-            request=call.body[:limit] if full else None,
-            response=response[:limit] if full else None,
+            request_bytes=len(call.request.body),
+            response_bytes=len(response) if call.response_bytes is None else call.response_bytes,
+            request=request,
+            response=answer,
+            protocol=ask.protocol if ask else "oip-v2",
+            operation=ask.operation if ask else "infer",
+            stream=timing is not None,
+            input_tokens=usage.input_tokens if usage else None,
+            output_tokens=usage.output_tokens if usage else None,
+            cached_tokens=usage.cached_tokens if usage else None,
+            tokens_estimated=usage.estimated if usage else False,
+            cost=call.cost,
+            first_content_seconds=timing.first if timing and timing.pieces else None,
+            gap_seconds=timing.gap if timing else None,
+            longest_gap_seconds=timing.longest if timing and timing.pieces > 1 else None,
+            finish=usage.finish if usage else "",
+            request_digest=request_digest,
+            response_digest=digest if keeps else None,
         )

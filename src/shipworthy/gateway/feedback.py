@@ -41,22 +41,18 @@ class FeedbackDoor:
     """Takes feedback."""
 
     def __init__(self, parts: Parts) -> None:
-        self._options = parts.options
         self._journal = parts.outside.journal
         self._clock = parts.outside.clock
         self._tickets = parts.tickets
         self._metrics = parts.metrics
-        self._memory = parts.memory
         self._worker = parts.worker.hex()
         self._numbers = count()
 
-    async def take(self, request: Request, key: Key) -> Answer:
+    def take(self, request: Request, key: Key) -> Answer:
         """202 with the feedback's id once it is in the journal; a Refusal else."""
-        body = await request.body(
-            self._options.max_feedback, self._options.body_seconds, self._memory
-        )
-        self._memory.give_back(len(body))
-        feedback = _read(body)
+        if request.problem is not None:
+            raise request.problem
+        feedback = _read(request.body)
         ticket = self._tickets.read(feedback.inference)
         if ticket is None:
             raise Refusal(

@@ -1,27 +1,30 @@
-"""Requests as the doors see them, and answers as they give them: a thin layer over ASGI."""
+"""Requests as the doors see them, and answers as they give them."""
 
 from __future__ import annotations
 
-import asyncio
-import re
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol
 
 import msgspec
 
-from shipworthy.protocols.oip import error_body
 from shipworthy.protocols.outcomes import Reason
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 HeaderList = list[tuple[bytes, bytes]]
 
-JSON: Final = (b"content-type", b"application/json")
+JSON: Final = b"application/json"
 CLOSE: Final = (b"connection", b"close")
 RETRY: Final = (b"retry-after", b"1")
 
-_LENGTH = re.compile(rb"[0-9]{1,15}")
+_encode = msgspec.json.Encoder().encode
+
+Shape = Callable[[int, str, str], bytes]
+"""Makes an error's body in a protocol's own shape: of the status, the text for the client, and the
+code of the limit that was met, if any."""
+
+
+def plain_error(_status: int, message: str, _code: str = "") -> bytes:
+    """The Open Inference Protocol's shape, which is also that of all that belongs to none."""
+    return _encode({"error": message})
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -30,13 +33,13 @@ class Answer(msgspec.Struct, frozen=True):
     status: int
     body: bytes
     headers: HeaderList = []
-    content_type: bytes = JSON[1]
+    content_type: bytes = JSON
 
 
 class Refusal(Exception):
     """A request that is answered with an error. The message is for the client.
 
-    `reason` is the outcome's code if the request is recorded.
+    `reason` is the outcome's code if the request is recorded, `code` that of a limit that was met.
     """
 
     def __init__(
@@ -46,15 +49,21 @@ class Refusal(Exception):
         *,
         reason: Reason = Reason.INVALID_INPUT,
         headers: HeaderList | None = None,
+        code: str = "",
     ) -> None:
         super().__init__(message)
         self.status = status
         self.reason = reason
+        self.code = code
         self.headers: HeaderList = headers or []
 
-    def answer(self) -> Answer:
+    def answer(self, shape: Shape = plain_error) -> Answer:
         """The error in the protocol's shape."""
-        return Answer(self.status, error_body(str(self)), self.headers)
+        return Answer(self.status, shape(self.status, str(self), self.code), self.headers)
+
+
+class ClientGone(Exception):
+    """The client closed the connection before it had sent the whole request."""
 
 
 class BodyMemory:
@@ -80,32 +89,61 @@ class BodyMemory:
         self.held -= size
 
 
+class Client(Protocol):
+    """A client's connection, as whoever streams an answer to it sees it.
+
+    `lost` says that it is closed, `paused` that the client reads more slowly than it is written to.
+    """
+
+    lost: bool
+    paused: bool
+
+    def begin_stream(self, request: Request, headers: HeaderList, content_type: bytes) -> None:
+        """Begin an answer in pieces; its head goes out with the first of them."""
+        ...
+
+    def send(self, piece: bytes) -> None:
+        """Send a piece of it."""
+        ...
+
+    async def drained(self, seconds: float) -> None:
+        """Wait until the client has read what it was sent; ClientGone when it does not."""
+        ...
+
+    def end_stream(self, last: bytes = b"") -> None:
+        """Send the last piece, and say that it is the last."""
+        ...
+
+
 class Request:
-    """One request. Names of headers are lower case; of repeated ones the last counts."""
+    """One request. Names of headers are lower case; of repeated ones the last counts.
 
-    __slots__ = ("_begun", "_receive", "_unread", "headers", "method", "path", "scope")
+    `body` is all of it, unless there is a `problem`: then the request can't be read, for that
+    reason, and whoever handles it raises that. `shape` is that of its errors.
+    """
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
-        self.scope = scope
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
-        self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self._receive = receive
-        self._unread = True
-        self._begun = False
+    __slots__ = (
+        "answer", "body", "connection", "handler", "headers", "keep_alive", "limit", "method",
+        "path", "problem", "shape", "wants_close",
+    )  # fmt: skip
+
+    def __init__(self, connection: Client) -> None:
+        self.connection = connection
+        self.method = ""
+        self.path = ""
+        self.headers: dict[bytes, bytes] = {}
+        self.body = b""
+        self.answer: Answer | None = None  # where none needs to be made
+        self.handler: Handler | None = None
+        self.limit = 0
+        self.keep_alive = True
+        self.wants_close = False
+        self.problem: Refusal | ClientGone | None = None
+        self.shape: Shape = plain_error
 
     def gone(self) -> bool:
         """Whether the client is known to have closed the connection."""
-        connection = self.scope.get("shipworthy.connection")
-        return connection is not None and connection.lost
-
-    def leaves_body(self) -> bool:
-        """Whether there is a body, not read, too long to be read for nothing."""
-        if not self._unread:
-            return False
-        headers = self.headers
-        unknown = b"transfer-encoding" in headers or b"expect" in headers
-        return self._begun or unknown or len(headers.get(b"content-length", b"0")) > 5
+        return self.connection.lost
 
     def text(self, name: bytes, *, at_most: int) -> str | None:
         """A header as text, None when absent or empty; 400 when it is longer than allowed.
@@ -122,79 +160,6 @@ class Request:
         except UnicodeDecodeError:
             return raw.decode("latin-1")
 
-    async def body(self, limit: int, seconds: float, memory: BodyMemory) -> bytes:
-        """The whole body; its size is counted in `memory` for the caller to give back.
 
-        Raises Refusal: 413 beyond `limit` bytes, announced or not, without reading on; 408 when it
-        is not there after `seconds`; 415 when it is compressed.
-        """
-        if self.headers.get(b"content-encoding", b"identity") != b"identity":
-            raise Refusal(
-                415,
-                "compressed bodies are not accepted; send it as it is",
-                reason=Reason.UNSUPPORTED,
-            )
-        announced = self.headers.get(b"content-length")
-        if announced and (not _LENGTH.fullmatch(announced) or int(announced) > limit):
-            raise _too_large(limit)
-        parts: list[bytes] = []
-        connection = self.scope.get("shipworthy.connection")
-        try:
-            if connection is not None and connection.body_is_here:
-                await self._collect(parts, limit, memory)
-            else:
-                async with asyncio.timeout(seconds):
-                    await self._collect(parts, limit, memory)
-        except TimeoutError:
-            memory.give_back(sum(map(len, parts)))
-            raise Refusal(
-                408,
-                f"the body did not arrive within {seconds:g} seconds",
-                reason=Reason.BODY_TIMEOUT,
-            ) from None
-        except BaseException:
-            memory.give_back(sum(map(len, parts)))
-            raise
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    async def _collect(self, parts: list[bytes], limit: int, memory: BodyMemory) -> None:
-        self._begun = True
-        size = 0
-        more = True
-        while more:
-            message = await self._receive()
-            if message["type"] != "http.request":
-                raise ClientGone
-            part: bytes = message.get("body", b"")
-            size += len(part)
-            if size > limit:
-                raise _too_large(limit)
-            memory.take(len(part))
-            parts.append(part)
-            more = message.get("more_body", False)
-        self._unread = False
-
-
-class ClientGone(Exception):
-    """The client closed the connection before it had sent the whole request."""
-
-
-def _too_large(limit: int) -> Refusal:
-    return Refusal(
-        413,
-        f"the body is larger than {limit} bytes; send smaller batches",
-        reason=Reason.TOO_LARGE,
-    )
-
-
-async def send_answer(send: Send, answer: Answer, *, close: bool = False) -> None:
-    """Write an answer out, and with `close` end the connection after it."""
-    headers = [
-        (b"content-type", answer.content_type),
-        (b"content-length", b"%d" % len(answer.body)),
-        *answer.headers,
-    ]
-    if close:
-        headers.append(CLOSE)
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    await send({"type": "http.response.body", "body": answer.body})
+Handler = Callable[[Request], Awaitable[Answer | None]]
+"""Answers a request whose body is there; None when the answer has been sent already."""

@@ -16,6 +16,7 @@ from shipworthy.domain.limits import (
     Usage,
     What,
     bounds_of,
+    carried,
     excess_of,
     fits,
     micros_of,
@@ -195,10 +196,11 @@ class LimitBook:
         for meter in meters:
             meter.row.add(minute, day, 1, tokens, micros, 1)
         self._table.fence()
+        part = carried(now)
         sides: list[tuple[Bounds, Usage]] = []
         for meter in meters:
             bounds, usage = meter.bounds, meter.row.usage(minute, day)
-            if not fits(bounds, usage, now):
+            if not fits(bounds, usage, part):
                 for each in meters:
                     each.row.take_back(minute, day, 1, tokens, micros, 1)
                 return []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
+from urllib.parse import quote
 
+from shipworthy.domain.contract import Protocol
 from shipworthy.domain.plan import Arm, Endpoint, Plan, Snapshot
 from shipworthy.domain.routing import ArmName
 from shipworthy.gateway.credentials import resolve
@@ -14,6 +16,7 @@ from shipworthy.gateway.upstream import EndpointState
 from shipworthy.protocols.oip import ContractChecker
 
 _T = TypeVar("_T")
+_HEDGE_BURST = 10
 
 
 class LiveArm:
@@ -27,6 +30,7 @@ class LiveArm:
         self.checker = ContractChecker(arm.contract)
         self.endpoints = endpoints
         self.gate = gate
+        self.infer_path = f"/v2/models/{quote(arm.served_model, safe='')}/infer"
         self.repeatable = arm.contract.side_effects == "none"
         self.headers = [
             (b"x-shipworthy-release", arm.release.encode()),
@@ -55,6 +59,7 @@ class LivePlan:
         breaker: Breaker,
         fallbacks: Budget,
         retries: Budget,
+        hedges: Budget,
     ) -> None:
         self.plan = plan
         self.stable = stable
@@ -63,6 +68,7 @@ class LivePlan:
         self.breaker = breaker
         self.fallbacks = fallbacks
         self.retries = retries
+        self.hedges = hedges
         self.turn = 0
 
     def arm(self, name: ArmName) -> LiveArm:
@@ -94,6 +100,9 @@ class Fleet:
         """Put a snapshot's plans in force; calls under way finish by the plan they began with."""
         self._next = {}
         self.plans = {name: self._live(plan) for name, plan in snapshot.plans.items()}
+        for name, gone in self._kept.items():
+            if name not in self._next and isinstance(gone, EndpointState):
+                gone.pool.close()
         self._kept = self._next
 
     def _live(self, plan: Plan) -> LivePlan:
@@ -102,6 +111,7 @@ class Fleet:
         broken = (shield.breaker_window, shield.breaker_failures, shield.breaker_seconds)
         back = (shield.fallback_ratio, shield.fallback_burst)
         again = (shield.retry_ratio, shield.retry_burst)
+        twice = (plan.hedge.ratio if plan.hedge else 0.0, _HEDGE_BURST)
         return LivePlan(
             plan,
             self._arm(plan, "stable", plan.stable),
@@ -111,21 +121,38 @@ class Fleet:
             ),
             fallbacks=self._keep(("fallbacks", name, back), lambda: Budget(*back)),
             retries=self._keep(("retries", name, again), lambda: Budget(*again)),
+            hedges=self._keep(("hedges", name, twice), lambda: Budget(*twice)),
         )
 
     def _arm(self, plan: Plan, name: ArmName, arm: Arm) -> LiveArm:
+        protocol = arm.contract.protocol
+        endpoints = tuple(self._endpoint(endpoint, protocol) for endpoint in arm.endpoints)
+        limit = self._options.max_in_flight
+        if endpoints and all(endpoint.most is not None for endpoint in endpoints):
+            limit = min(limit, sum(endpoint.most or 0 for endpoint in endpoints))
         gate = self._keep(
-            ("gate", plan.name, arm.digest),
-            lambda: Gate(self._options.max_in_flight, self._options.max_queued),
+            ("gate", plan.name, arm.digest, limit), lambda: Gate(limit, self._options.max_queued)
         )
-        return LiveArm(name, arm, tuple(map(self._endpoint, arm.endpoints)), gate)
+        return LiveArm(name, arm, endpoints, gate)
 
-    def _endpoint(self, endpoint: Endpoint) -> EndpointState:
+    def _endpoint(self, endpoint: Endpoint, protocol: Protocol) -> EndpointState:
         secret = resolve(endpoint.credential)
         return self._keep(
-            ("endpoint", endpoint.url, secret),
-            lambda: EndpointState(endpoint.url, secret, self._options),
+            ("endpoint", endpoint.url, secret, protocol, endpoint.concurrency),
+            lambda: EndpointState(
+                endpoint.url,
+                secret,
+                self._options,
+                protocol=protocol,
+                concurrency=endpoint.concurrency,
+            ),
         )
+
+    def sweep(self, now: float) -> None:
+        """Close connections that nobody has used for a while; `now` is the loop's time."""
+        for kept in self._kept.values():
+            if isinstance(kept, EndpointState):
+                kept.pool.sweep(now)
 
     def _keep(self, name: Hashable, make: Callable[[], _T]) -> _T:
         if name not in self._next:

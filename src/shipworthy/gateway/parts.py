@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from shipworthy.domain.plan import Snapshot
+from shipworthy.domain.records import InferenceRecord
 from shipworthy.gateway.http import BodyMemory
+from shipworthy.gateway.limits import LimitBook
 from shipworthy.gateway.live import Fleet
 from shipworthy.gateway.metrics import Metrics
-from shipworthy.gateway.needs import Clock, Journal
+from shipworthy.gateway.needs import Clock, Journal, UsageTable
 from shipworthy.gateway.options import GatewayOptions
 from shipworthy.gateway.snapshot import SnapshotFollower
 from shipworthy.gateway.tickets import Pseudonyms, TicketOffice
+from shipworthy.gateway.traces import TraceContext, context_of
 from shipworthy.gateway.upstream import Upstream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outside:
-    """What a worker is given by whoever starts it; see `serve`."""
+    """What a worker is given by whoever starts it.
+
+    `journal` stays the caller's to close. Both secrets must be the same in all workers and after a
+    restart: the one signs inference ids, the other keys the pseudonyms of units. `uniform` draws
+    from [0, 1). `newest_snapshot` finds the file to obey; without one yet, the worker listens and
+    says that it is not ready. `limits` is what keys and models have used on this host; without it
+    none is limited. `context` says where a request stands in its trace, and `export` takes the
+    records of those whose span is recorded.
+    """
 
     journal: Journal
     newest_snapshot: Callable[[], Path | None]
@@ -26,7 +39,10 @@ class Outside:
     pseudonym_secret: bytes
     clock: Clock
     uniform: Callable[[], float]
-    monotonic: Callable[[], float]
+    monotonic: Callable[[], float] = time.monotonic
+    limits: UsageTable | None = None
+    context: Callable[[Mapping[bytes, bytes]], TraceContext | None] = context_of
+    export: Callable[[InferenceRecord, TraceContext], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +59,7 @@ class Parts:
     tickets: TicketOffice
     pseudonyms: Pseudonyms
     memory: BodyMemory
+    limits: LimitBook | None
 
 
 def assemble(
@@ -50,6 +67,13 @@ def assemble(
 ) -> Parts:
     """Make the parts; UsageError for a secret that is too short."""
     fleet = Fleet(options)
+    limits = LimitBook(outside.limits, outside.clock) if outside.limits else None
+
+    def obey(snapshot: Snapshot) -> None:
+        if limits is not None:
+            limits.obey(snapshot)
+        fleet.obey(snapshot)
+
     return Parts(
         options=options,
         outside=outside,
@@ -61,10 +85,11 @@ def assemble(
             outside.newest_snapshot,
             clock=outside.clock,
             monotonic=outside.monotonic,
-            changed=fleet.obey,
+            changed=obey,
             refused=lambda why: metrics.refused_snapshots.labels(why).inc(),
         ),
         tickets=TicketOffice(outside.signing_secret, worker=worker),
         pseudonyms=Pseudonyms(outside.pseudonym_secret),
         memory=BodyMemory(options.max_buffered),
+        limits=limits,
     )

@@ -16,25 +16,23 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from email.utils import formatdate
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import uvloop
-from uvicorn import Config
-from uvicorn.server import ServerState
 
 from shipworthy.errors import Unavailable
+from shipworthy.gateway.accepting import Acceptor, Certificate
 from shipworthy.gateway.application import Application
+from shipworthy.gateway.connection import Connections
 from shipworthy.gateway.metrics import Metrics
-from shipworthy.gateway.needs import Clock, Journal
 from shipworthy.gateway.options import GatewayOptions
-from shipworthy.gateway.parts import Outside, assemble
-from shipworthy.gateway.protocol import GatewayProtocol
+from shipworthy.gateway.parts import Outside, Parts, assemble
 from shipworthy.gateway.upstream import Upstream
 
 _log = logging.getLogger("shipworthy.gateway")
 
+_BACKLOG = 2048
 _OWN_DESCRIPTORS = 64  # journal, snapshot, listener, event loop, health probes
 
 Ready = Callable[[str, int], None]
@@ -43,80 +41,54 @@ Ready = Callable[[str, int], None]
 
 def run(
     options: GatewayOptions,
+    outside: Outside,
     *,
-    journal: Journal,
-    newest_snapshot: Callable[[], Path | None],
-    signing_secret: bytes,
-    pseudonym_secret: bytes,
-    clock: Clock,
-    uniform: Callable[[], float],
+    metrics: Metrics | None = None,
     heartbeat: Callable[[], object] = lambda: None,
+    ready: Ready | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, on a uvloop of its own; see `serve`."""
     options = _with_descriptors(options)
     gc.freeze()  # what is loaded by now stays: no need to look at it again and again
     gc.set_threshold(10_000, 20, 50)
-    uvloop.run(
-        serve(
-            options,
-            journal=journal,
-            newest_snapshot=newest_snapshot,
-            signing_secret=signing_secret,
-            pseudonym_secret=pseudonym_secret,
-            clock=clock,
-            uniform=uniform,
-            heartbeat=heartbeat,
-        )
-    )
+    uvloop.run(serve(options, outside, metrics=metrics, heartbeat=heartbeat, ready=ready))
 
 
-async def serve(  # noqa: PLR0913  # whoever wires a worker names each part
+async def serve(
     options: GatewayOptions,
+    outside: Outside,
     *,
-    journal: Journal,
-    newest_snapshot: Callable[[], Path | None],
-    signing_secret: bytes,
-    pseudonym_secret: bytes,
-    clock: Clock,
-    uniform: Callable[[], float],
+    metrics: Metrics | None = None,
     heartbeat: Callable[[], object] = lambda: None,
     ready: Ready | None = None,
     stop: asyncio.Event | None = None,
 ) -> None:
     """Serve until SIGTERM, SIGINT or `stop`, then finish what is under way.
 
-    `journal` stays the caller's to close. Both secrets must be the same in all workers and after a
-    restart: the one signs inference ids, the other keys the pseudonyms of units. `uniform` draws
-    from [0, 1). `newest_snapshot` finds the file to obey; without one yet, the worker listens and
-    says that it is not ready. `heartbeat` is called every second by the loop that answers.
+    `heartbeat` is called every second by the loop that answers; `metrics` are those of this worker,
+    its alone if none are given.
 
     Raises Unavailable when it can't listen, and UsageError for a secret that is too short.
     """
     ending = stop or asyncio.Event()
-    outside = Outside(
-        journal=journal,
-        newest_snapshot=newest_snapshot,
-        signing_secret=signing_secret,
-        pseudonym_secret=pseudonym_secret,
-        clock=clock,
-        uniform=uniform,
-        monotonic=time.monotonic,
-    )
-    metrics = Metrics()
-    state = ServerState()
+    metrics = metrics or Metrics()
     async with Upstream(options, lambda _: metrics.ejections.inc()) as upstream:
         parts = assemble(options, outside, upstream, metrics, secrets.token_bytes(4))
-        application = Application(parts, connections=lambda: len(state.connections))
+        application = Application(parts)
+        loop = asyncio.get_running_loop()
+        connections = Connections(application, options, metrics, parts.memory, loop)
+        application.connections = connections
         parts.follower.poll()
+        secure = Certificate(options.tls) if options.tls else None
         with _stopped_by_signals(ending):
             async with (
-                _in_background(_each_second(state, metrics, heartbeat)),
-                _listening(options, application, state, metrics) as address,
+                _in_background(_each_second(connections, parts, secure, heartbeat)),
+                _listening(options, connections, secure) as address,
                 _in_background(parts.follower.follow(options.snapshot_seconds)),
             ):
                 _announce(options, address, ready)
                 await ending.wait()
-                application.draining = True
+                application.draining = connections.draining = True
                 await asyncio.sleep(options.unready_seconds)
 
 
@@ -158,10 +130,8 @@ def _bind(options: GatewayOptions) -> socket.socket:
         raise Unavailable(f"{host!r} is no address to listen on; set another host") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if options.reuse_port:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
-        listener.listen(2048)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
@@ -171,71 +141,65 @@ def _bind(options: GatewayOptions) -> socket.socket:
         else:
             problem = f"port {port} on {host} can't be opened ({error.strerror}); set another one"
         raise Unavailable(problem) from error
-    listener.setblocking(False)  # noqa: FBT003  # its only form
     return listener
 
 
 @contextlib.asynccontextmanager
 async def _listening(
-    options: GatewayOptions, application: Application, state: ServerState, metrics: Metrics
+    options: GatewayOptions, connections: Connections, secure: Certificate | None
 ) -> AsyncGenerator[tuple[str, int]]:
     """Accept connections; on leaving, no new ones, and those that are there finish."""
-    config = Config(
-        application,  # type: ignore[arg-type]  # ASGI, with looser types
-        interface="asgi3",
-        http=GatewayProtocol,
-        ws="none",
-        lifespan="off",
-        loop="none",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        date_header=False,
-        timeout_keep_alive=options.keep_alive_seconds,  # type: ignore[arg-type]  # any number
-    )
-    config.load()
-    loop = asyncio.get_running_loop()
-    listener = _bind(options)
-    server = await loop.create_server(
-        lambda: GatewayProtocol(config, state, options=options, metrics=metrics, loop=loop),
-        sock=listener,
-        backlog=2048,
-    )
+    if options.sockets:
+        listeners = [socket.socket(fileno=descriptor) for descriptor in options.sockets]
+    else:
+        listeners = [_bind(options)]
+    acceptors = [Acceptor(listener, connections, secure) for listener in listeners]
+    for acceptor in acceptors:
+        acceptor.start()
+    named = next((one for one in listeners if one.family != socket.AF_UNIX), None)
+    host, port = named.getsockname()[:2] if named is not None else ("", 0)
     try:
-        host, port = listener.getsockname()[:2]
         yield host, port
     finally:
-        server.close()
-        await _drain(state, options.drain_seconds)
+        for acceptor in acceptors:
+            acceptor.stop()
+        await _drain(connections, options.drain_seconds)
 
 
-async def _drain(state: ServerState, seconds: float) -> None:
+async def _drain(connections: Connections, seconds: float) -> None:
     """Let requests under way finish for so long, then end them; they still get an answer."""
-    for connection in list(state.connections):
+    connections.draining = True
+    for connection in list(connections.open):
         connection.shutdown()
     end = time.monotonic() + seconds
-    while state.connections and time.monotonic() < end:  # noqa: ASYNC110  # uvicorn tells nobody
+    while connections.open and time.monotonic() < end:  # noqa: ASYNC110  # nobody tells of each end
         await asyncio.sleep(0.02)
-    if state.tasks:
-        _log.warning("%d requests did not end in %g s and are cut off", len(state.tasks), seconds)
-    for task in list(state.tasks):
+    tasks = list(connections.tasks)
+    if tasks:
+        _log.warning("%d requests did not end in %g s and are cut off", len(tasks), seconds)
+    for task in tasks:
         task.cancel()
-    if state.tasks:
-        await asyncio.wait(list(state.tasks), timeout=1.0)
-    for connection in list(state.connections):
-        connection.transport.close()
+    if tasks:
+        await asyncio.wait(tasks, timeout=1.0)
+    for connection in list(connections.open):
+        connection.end()
 
 
 async def _each_second(
-    state: ServerState, metrics: Metrics, heartbeat: Callable[[], object]
+    connections: Connections,
+    parts: Parts,
+    secure: Certificate | None,
+    heartbeat: Callable[[], object],
 ) -> None:
-    """What need not be done for each answer: the Date header, and settling the metrics."""
+    """What need not be done for each answer: the Date header, settling the metrics, and so on."""
+    loop = asyncio.get_running_loop()
     while True:
         heartbeat()
-        metrics.settle()
-        state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
+        parts.metrics.settle()
+        parts.fleet.sweep(loop.time())
+        if secure is not None:
+            secure.look()
+        connections.date = b"date: %s\r\n" % formatdate(time.time(), usegmt=True).encode()
         await asyncio.sleep(1.0)
 
 

@@ -85,10 +85,16 @@ class Gate:
         self._waiting = waiting
         self._line: deque[asyncio.Future[None]] = deque()
 
-    async def enter(self, seconds: float) -> bool:
-        """Go in, waiting up to `seconds`; False when the line is too long or did not move."""
+    def try_enter(self) -> bool:
+        """Go in, if nobody waits and there is room."""
         if self.inside < self._limit and not self._line:
             self.inside += 1
+            return True
+        return False
+
+    async def enter(self, seconds: float) -> bool:
+        """Go in, waiting up to `seconds`; False when the line is too long or did not move."""
+        if self.try_enter():
             return True
         if len(self._line) >= self._waiting or seconds <= 0:
             return False

@@ -3,47 +3,66 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self
-from urllib.parse import quote
+from typing import Final, Self
 
-import aiohttp
 import msgspec
-from yarl import URL
 
+from shipworthy.domain.contract import Protocol
 from shipworthy.gateway.credentials import bearer
 from shipworthy.gateway.options import GatewayOptions
+from shipworthy.gateway.wire import (
+    Broken,
+    NoConnectionInTime,
+    Origin,
+    Pool,
+    TooLate,
+    Unreachable,
+    Wire,
+    WireError,
+)
 from shipworthy.protocols.outcomes import Reason, reason_of_status
 
 _log = logging.getLogger("shipworthy.gateway")
 
-# Shorter than any common server's, so that a request never meets a connection being closed: such a
-# reset would look like the release's failure, more often on the arm with less traffic.
-_KEEP_ALIVE = 1.5
-
 _SOUND = frozenset({Reason.ANSWERED, Reason.REFUSED})
 """The endpoint did its work, whatever it said."""
-_NEUTRAL = frozenset({Reason.OVERLOADED, Reason.CLIENT_DEADLINE, Reason.GATEWAY_FAULT})
+_NEUTRAL = frozenset(
+    {
+        Reason.OVERLOADED, Reason.CLIENT_DEADLINE, Reason.GATEWAY_FAULT, Reason.CLIENT_GONE,
+        Reason.SHUTDOWN,
+    }
+)  # fmt: skip
 """Says nothing about whether it can: a busy server is not made faster by being left alone."""
-_OWN_LACKS = frozenset(
-    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL}
-)
-"""Why this worker itself can't open a connection: no release has anything to do with it."""
+_HEALTH: Final[dict[Protocol, str]] = {
+    "oip-v2": "/v2/health/ready",
+    "mlflow": "/ping",
+    "openai": "/models",
+}
+_PROBE_SECONDS: Final = 2.0
+_FINISH_SECONDS: Final = 1.0  # for the end of a stream behind its last event
+_FINISH_BYTES: Final = 64 * 1024
 
 
-@lru_cache(maxsize=64)
-def _connecting_within(seconds: float) -> aiohttp.ClientTimeout:
-    return aiohttp.ClientTimeout(total=None, sock_connect=seconds)
+class Outgoing(msgspec.Struct, frozen=True):
+    """A request as it is sent to a release: the path below the endpoint's address, and the rest.
+
+    `headers` are whole lines, each with its end.
+    """
+
+    path: str
+    body: bytes
+    content_type: bytes = b"application/json"
+    headers: bytes = b""
 
 
 class Reply(msgspec.Struct, frozen=True):
     """How one attempt ended. `body` is the answer's if there was one, of whatever status.
 
     `sent` says whether the endpoint may have seen the request; `detail` what was wrong with it.
+    `headers` are the answer's, those that matter; `extra` and `content_type` are for the client.
     """
 
     reason: Reason
@@ -51,37 +70,76 @@ class Reply(msgspec.Struct, frozen=True):
     body: bytes = b""
     sent: bool = True
     detail: str = ""
+    headers: dict[bytes, bytes] = {}
+    content_type: bytes = b"application/json"
+    extra: tuple[tuple[bytes, bytes], ...] = ()
 
 
 class EndpointState:
     """One server as this worker knows it: calls under way, failures in a row, whether set aside."""
 
-    def __init__(self, url: str, credential: str | None, options: GatewayOptions) -> None:
+    def __init__(
+        self,
+        url: str,
+        credential: str | None,
+        options: GatewayOptions,
+        *,
+        protocol: Protocol = "oip-v2",
+        concurrency: int | None = None,
+    ) -> None:
         self.url = url.rstrip("/")
-        self.credential = credential
         self.outstanding = 0
         self.ejected = False
-        self._urls: dict[str, URL] = {}
+        self.most = _share(concurrency, options)
+        self.pool = Pool(Origin(url))
+        self._protocol: Protocol = protocol
+        self._credential = credential
+        self._heads: dict[str, bytes] = {}
         self._failures = 0
         self._ejections = 0
         self._eject_after = options.eject_after
         self._eject_seconds = options.eject_seconds
         self._max_eject_seconds = options.max_eject_seconds
 
-    def infer_url(self, served_model: str) -> URL:
-        """Where the model of that name is asked."""
-        url = self._urls.get(served_model)
-        if url is None:
-            path = f"/v2/models/{quote(served_model, safe='')}/infer"
-            url = self._urls[served_model] = URL(self.url + path, encoded=True)
-        return url
+    @property
+    def has_room(self) -> bool:
+        """Whether it may be asked now, as far as its concurrency goes."""
+        return self.most is None or self.outstanding < self.most
+
+    def message(self, outgoing: Outgoing) -> bytes:
+        """The request as it goes over the wire."""
+        head = self._heads.get(outgoing.path)
+        if head is None:
+            if len(self._heads) > 64:
+                self._heads.clear()
+            head = self._heads[outgoing.path] = self._head("POST", outgoing.path)
+        return b"%scontent-type: %s\r\ncontent-length: %d\r\n%s\r\n%s" % (
+            head,
+            outgoing.content_type,
+            len(outgoing.body),
+            outgoing.headers,
+            outgoing.body,
+        )
+
+    def health_message(self) -> bytes:
+        """How its health is asked for."""
+        return self._head("GET", _HEALTH[self._protocol]) + b"\r\n"
+
+    def _head(self, method: str, path: str) -> bytes:
+        origin = self.pool.origin
+        base = origin.path
+        if self._protocol == "openai" and not base:
+            base = "/v1"
+        lines = [f"{method} {base}{path} HTTP/1.1", f"host: {origin.authority}"]
+        lines += [f"{name}: {value}" for name, value in bearer(self._credential).items()]
+        return "\r\n".join([*lines, ""]).encode("latin-1")
 
     def note(self, reason: Reason) -> float | None:
         """Count an attempt's end; seconds to stay away from now on, or None."""
-        if reason in _NEUTRAL:
-            return None
         if reason in _SOUND:
             self._failures = self._ejections = 0
+            return None
+        if reason in _NEUTRAL:
             return None
         self._failures += 1
         if self.ejected or self._failures < self._eject_after:
@@ -97,45 +155,52 @@ class EndpointState:
         self._failures = self._eject_after - 1
 
 
+def _share(concurrency: int | None, options: GatewayOptions) -> int | None:
+    """How many of an endpoint's calls are this worker's: all workers' together are all of them.
+
+    Each has one at least.
+    """
+    if concurrency is None:
+        return None
+    whole, left = divmod(concurrency, options.workers)
+    return max(1, whole + (options.worker_index < left))
+
+
 def pick(
     endpoints: tuple[EndpointState, ...], turn: int, avoid: EndpointState | None = None
-) -> EndpointState:
+) -> EndpointState | None:
     """The endpoint with the fewest calls under way, of those not set aside; ties go round by turn.
 
-    When all are set aside they are all tried: an answer from a doubtful server beats none.
+    When all are set aside they are all tried: an answer from a doubtful server beats none. None
+    when each has as many calls as it may.
     """
     if len(endpoints) == 1:
-        return endpoints[0]
+        only = endpoints[0]
+        return only if only.has_room else None
     able = [one for one in endpoints if not one.ejected] or list(endpoints)
+    able = [one for one in able if one.has_room]
     if avoid is not None and len(able) > 1:
         able = [one for one in able if one is not avoid]
+    if not able:
+        return None
     least = min(one.outstanding for one in able)
     free = [one for one in able if one.outstanding == least]
     return free[turn % len(free)]
 
 
 class Upstream:
-    """The worker's HTTP client. Use it as a context manager.
+    """Asks endpoints, and sets those aside that keep failing. Use it as a context manager.
 
     `ejected` is called with the endpoint's URL when it is set aside.
     """
 
     def __init__(self, options: GatewayOptions, ejected: Callable[[str], None]) -> None:
+        self.max_response = options.max_response
         self._options = options
         self._ejected = ejected
-        self._session: aiohttp.ClientSession | None = None
         self._probes: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=_KEEP_ALIVE, ttl_dns_cache=10
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(total=None),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
-        )
         return self
 
     async def __aexit__(
@@ -146,16 +211,12 @@ class Upstream:
     ) -> None:
         for probe in self._probes:
             probe.cancel()
-        if self._session is not None:
-            await self._session.close()
 
-    async def infer(
+    async def ask(
         self,
         endpoint: EndpointState,
-        served_model: str,
-        body: bytes,
+        outgoing: Outgoing,
         *,
-        headers: Mapping[str, str],
         connect_seconds: float,
         seconds: float,
         when_late: Reason = Reason.TIMEOUT,
@@ -164,64 +225,62 @@ class Upstream:
 
         `when_late` is the reason if the time runs out: it may have been the client's to set.
         """
+        deadline = asyncio.get_running_loop().time() + seconds
         endpoint.outstanding += 1
         try:
-            async with asyncio.timeout(seconds):
-                reply = await self._post(endpoint, served_model, body, headers, connect_seconds)
-        except aiohttp.ConnectionTimeoutError:
-            reply = Reply(Reason.CONNECT_TIMEOUT, sent=False)
-        except TimeoutError:
-            reply = Reply(when_late)
-        except aiohttp.ClientConnectorError as error:
-            ours = error.os_error.errno in _OWN_LACKS
-            reply = Reply(Reason.GATEWAY_FAULT if ours else Reason.UNREACHABLE, sent=False)
-        except aiohttp.InvalidURL:
-            reply = Reply(Reason.UNREACHABLE, sent=False)
-        except (aiohttp.ClientError, OSError, ValueError):
-            reply = Reply(Reason.BROKEN)
+            wire = await self._take(endpoint, connect_seconds, seconds)
+            await wire.ask(
+                endpoint.message(outgoing), limit=self._options.max_response, deadline=deadline
+            )
+            reply = reply_of(wire)
+            endpoint.pool.give_back(wire)
+        except WireError as error:
+            reply = reply_to(error, when_late)
         finally:
             endpoint.outstanding -= 1
-        pause = endpoint.note(reply.reason)
-        if pause is not None:
-            self._set_aside(endpoint, pause)
+        self.note(endpoint, reply.reason)
         return reply
 
-    async def _post(
-        self,
-        endpoint: EndpointState,
-        served_model: str,
-        body: bytes,
-        headers: Mapping[str, str],
-        connect_seconds: float,
-    ) -> Reply:
-        assert self._session is not None  # noqa: S101  # the context manager was entered
-        async with self._session.post(
-            endpoint.infer_url(served_model),
-            data=body,
-            headers={"Content-Type": "application/json", **headers, **bearer(endpoint.credential)},
-            timeout=_connecting_within(connect_seconds),
-            allow_redirects=False,
-        ) as response:
-            content = await self._read(response)
-            if content is None:
-                return Reply(Reason.BROKEN, response.status)
-            return Reply(reason_of_status(response.status), response.status, content)
+    async def open(
+        self, endpoint: EndpointState, outgoing: Outgoing, *, connect_seconds: float, seconds: float
+    ) -> Wire:
+        """Begin an attempt whose answer may be a stream: over when the answer's head is here.
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes | None:
-        """The answer's body; None when it is compressed or too large."""
-        limit = self._options.max_response
-        if response.headers.get("Content-Encoding", "identity") != "identity":
-            return None
-        if response.content_length is not None:
-            return await response.read() if response.content_length <= limit else None
-        parts: list[bytes] = []
-        size = 0
-        async for part in response.content.iter_any():
-            size += len(part)
-            if size > limit:
-                return None
-            parts.append(part)
-        return b"".join(parts)
+        Raises WireError. Whoever calls it counts the call as outstanding, tells how it ended by
+        `note`, and gives the connection back.
+        """
+        deadline = asyncio.get_running_loop().time() + seconds
+        wire = await self._take(endpoint, connect_seconds, seconds)
+        await wire.ask(
+            endpoint.message(outgoing),
+            limit=self._options.max_response,
+            deadline=deadline,
+            whole=False,
+        )
+        return wire
+
+    def finish(self, endpoint: EndpointState, wire: Wire) -> None:
+        """Let an answer whose last word is known end, so that its connection can be used again."""
+        if wire.lost:
+            return
+        task = asyncio.get_running_loop().create_task(_finished(endpoint, wire))
+        self._probes.add(task)
+        task.add_done_callback(self._probes.discard)
+
+    def note(self, endpoint: EndpointState, reason: Reason) -> None:
+        """Count how an attempt ended; enough failures in a row set the endpoint aside."""
+        pause = endpoint.note(reason)
+        if pause is not None:
+            self._set_aside(endpoint, pause)
+
+    @staticmethod
+    async def _take(endpoint: EndpointState, connect_seconds: float, seconds: float) -> Wire:
+        try:
+            return await endpoint.pool.take(min(connect_seconds, seconds))
+        except NoConnectionInTime:
+            if seconds < connect_seconds:
+                raise TooLate from None
+            raise
 
     def _set_aside(self, endpoint: EndpointState, pause: float) -> None:
         _log.warning("endpoint %s keeps failing and is set aside for %g s", endpoint.url, pause)
@@ -240,16 +299,39 @@ class Upstream:
 
     async def _healthy(self, endpoint: EndpointState) -> bool:
         """Whether it answers at all; a server without a health route is well if it says so."""
-        assert self._session is not None  # noqa: S101  # see _post
+        deadline = asyncio.get_running_loop().time() + _PROBE_SECONDS
         try:
-            async with (
-                asyncio.timeout(2.0),
-                self._session.get(
-                    f"{endpoint.url}/v2/health/ready",
-                    headers=bearer(endpoint.credential),
-                    allow_redirects=False,
-                ) as response,
-            ):
-                return response.status < 500
-        except (aiohttp.ClientError, OSError, ValueError):
+            wire = await endpoint.pool.take(_PROBE_SECONDS)
+            await wire.ask(endpoint.health_message(), limit=1024 * 1024, deadline=deadline)
+        except WireError:
             return False
+        endpoint.pool.give_back(wire)
+        return wire.status < 500
+
+
+async def _finished(endpoint: EndpointState, wire: Wire) -> None:
+    deadline = asyncio.get_running_loop().time() + _FINISH_SECONDS
+    try:
+        await wire.rest(limit=_FINISH_BYTES, deadline=deadline)
+    except WireError:
+        return
+    endpoint.pool.give_back(wire)
+
+
+def reply_of(wire: Wire) -> Reply:
+    """The answer that a connection has got, if it is one that can be read."""
+    headers = wire.headers
+    if headers.get(b"content-encoding", b"identity") != b"identity":
+        return Reply(Reason.BROKEN, wire.status, detail="it is compressed, which nobody asked for")
+    return Reply(reason_of_status(wire.status), wire.status, wire.body(), headers=headers)
+
+
+def reply_to(error: WireError, when_late: Reason = Reason.TIMEOUT) -> Reply:
+    """What an attempt comes to that ended without an answer."""
+    if isinstance(error, Unreachable):
+        return Reply(Reason.GATEWAY_FAULT if error.ours else Reason.UNREACHABLE, sent=False)
+    if isinstance(error, NoConnectionInTime):
+        return Reply(Reason.CONNECT_TIMEOUT, sent=False)
+    if isinstance(error, Broken):
+        return Reply(Reason.BROKEN)
+    return Reply(when_late)

@@ -1,4 +1,4 @@
-"""How the attempts of each protocol count: one table per protocol, the same for both arms.
+"""How attempts count: one table, the same for both arms.
 
 `success` and `failure` are evidence about the release that was asked. `client_fault` is the
 caller's doing and `censored` an attempt that nobody saw the end of; neither says anything about a
@@ -42,6 +42,7 @@ class Reason(StrEnum):
     BODY_TIMEOUT = "body_timeout"
     FULL_GATEWAY = "full_gateway"
     OVER_LIMIT = "over_limit"
+    REFUSED_INPUT = "refused_input"
     # nobody saw the end
     CLIENT_GONE = "client_gone"
     CLIENT_DEADLINE = "client_deadline"
@@ -49,7 +50,7 @@ class Reason(StrEnum):
     GATEWAY_FAULT = "gateway_fault"
 
 
-OIP: Final[Mapping[Reason, Outcome]] = MappingProxyType(
+OUTCOMES: Final[Mapping[Reason, Outcome]] = MappingProxyType(
     {
         Reason.ANSWERED: Outcome.SUCCESS,
         # no connection, none in time, no whole answer in time, or one that is not HTTP or JSON
@@ -78,13 +79,16 @@ OIP: Final[Mapping[Reason, Outcome]] = MappingProxyType(
         Reason.BODY_TIMEOUT: Outcome.CLIENT_FAULT,
         Reason.FULL_GATEWAY: Outcome.CLIENT_FAULT,
         Reason.OVER_LIMIT: Outcome.CLIENT_FAULT,
+        # a 400, 413 or 422 where no contract can say what a server may refuse, and no other
+        # release has answered the same request
+        Reason.REFUSED_INPUT: Outcome.CLIENT_FAULT,
         Reason.CLIENT_GONE: Outcome.CENSORED,
         Reason.CLIENT_DEADLINE: Outcome.CENSORED,
         Reason.SHUTDOWN: Outcome.CENSORED,
         Reason.GATEWAY_FAULT: Outcome.CENSORED,
     }
 )
-"""The table of the Open Inference Protocol, and of any other that answers in one piece."""
+"""The table of all protocols; which reasons a protocol knows is its own."""
 
 
 def reason_of_status(status: int) -> Reason:
