@@ -5,11 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 
+from shipworthy.domain.contract import Contract, Tensor
 from shipworthy.domain.manifest import ArtifactSpec
-from shipworthy.protocols import oip
+from shipworthy.protocols import oip, oip_binary
+from shipworthy.protocols.packed import Packed
 
 
 @pytest.fixture
@@ -49,6 +53,44 @@ def test_the_protocol_s_documents(serve, code_release, tools):
     }
     assert served.infer(2, outputs=["who"])[1]["outputs"][0]["data"] == ["me"]
     assert "loaded the factor" in served.log.read_text()
+
+
+def infer_binary(served, body, length):
+    request = urllib.request.Request(
+        f"{served.url}/v2/models/tested/infer", body, {oip_binary.HEADER: str(length)}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        told = answer.headers[oip_binary.HEADER]
+        return answer.headers["content-type"], answer.read(), told and int(told)
+
+
+def test_tensors_come_and_go_in_binary(served):
+    assert "binary_tensor_data" in served.get("/v2")[1]["extensions"]
+    sent = [oip.TensorValues("x", "FP64", (2, 1), [2.0, 4.0])]
+    for wanted in (False, True):
+        body, length = oip_binary.encode_request(sent, id="a", binary_output=wanted)
+        kind, answer, length = infer_binary(served, body, length)
+        assert kind == ("application/octet-stream" if wanted else "application/json")
+        response = oip_binary.decode_response(answer, length)
+        assert (response.model_name, response.model_version, response.id) == ("tested", "3", "a")
+        contract = Contract(outputs=(Tensor("y", "FP64", (-1, 1)), Tensor("who", "BYTES", (-1,))))
+        y, who = oip.ContractChecker(contract).check_response(
+            response, oip.InferenceRequest(inputs=[])
+        )
+        assert isinstance(y.data, Packed) is isinstance(who.data, Packed) is wanted
+        values = [one.data.tolist() if wanted else one.data for one in (y, who)]
+        assert values == [[5.0, 10.0], ["me", "me"]]
+
+
+@pytest.mark.parametrize(
+    ("length", "said"), [("x", "Inference-Header-Content-Length"), ("999", "of JSON are announced")]
+)
+def test_a_wrong_length_of_the_json_is_refused(served, length, said):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        infer_binary(served, b'{"inputs":[]}', length)
+    with caught.value as answer:
+        assert answer.code == 400
+        assert said in json.loads(answer.read())["error"]
 
 
 @pytest.mark.parametrize(

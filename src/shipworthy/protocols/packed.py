@@ -48,6 +48,9 @@ class Packed:
     def __repr__(self) -> str:
         return f"Packed({self.datatype!r}, {len(self.raw)} bytes)"
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.tolist())
+
     def tolist(self) -> list[Any]:
         """The values, flat; those of BYTES as str, UnicodeDecodeError where they are none."""
         if self.datatype == "BYTES":

@@ -57,7 +57,6 @@ class TableReader:
         if self._matrix is not None:
             element = ELEMENTS[self._matrix.datatype]
             self._matrix_records = msgspec.json.Decoder(list[dict[str, element]])
-        self._records, self._attributes = _record_decoder(tensors)
 
     def split(self, field: str, columns: Sequence[str], data: msgspec.Raw) -> list[TensorValues]:
         """Tensors from rows that are lists, all in the order of these columns."""
@@ -93,11 +92,7 @@ class TableReader:
             else:
                 if not rows or not rows[0].keys() <= self._tensors.keys():
                     return [self._records_as_matrix(field, self._matrix, rows)]
-        try:
-            objects = self._records.decode(data)
-        except DATA_ERRORS as error:
-            raise ContractViolation(self._object_problem(field, error)) from None
-        return self._from_objects(field, objects)
+        return self._by_column(field, _open(field, data))
 
     def named(self, field: str, values: Mapping[str, msgspec.Raw]) -> list[TensorValues]:
         """Tensors from an object of nested lists by name."""
@@ -134,22 +129,19 @@ class TableReader:
                 raise ContractViolation(
                     f"csv row {index}: expected {width} values, one for each column, got {len(row)}"
                 )
-        by_column = list(zip(*rows, strict=True))
         if named is None:
             matrix = cast("Tensor", self._matrix)
             self._check_width("csv", matrix, width)
-            read = [_cells(name, cells, matrix)
-                    for name, cells in zip(columns, by_column, strict=True)]  # fmt: skip
-            data = [list(row) for row in zip(*read, strict=True)]
-            return [_whole("csv", matrix, data, (len(rows), width))]
+            cells = _cells(rows, [(name, matrix.datatype) for name in columns])
+            return [_whole("csv", matrix, cells, (len(rows), width))]
         for tensor in named:
             if _depth(tensor):
                 raise ContractViolation(
                     f"csv: column {quoted(tensor.name)} is to hold lists, which CSV can't;"
                     " send JSON"
                 )
-        read = [_cells(one.name, cells, one) for one, cells in zip(named, by_column, strict=True)]
-        return self._columns("csv", named, read)
+        cells = _cells(rows, [(tensor.name, tensor.datatype) for tensor in named])
+        return self._columns("csv", named, list(zip(*cells, strict=True)))
 
     def listed(self) -> str:
         """The tensors' names for an error."""
@@ -187,42 +179,26 @@ class TableReader:
             for tensor, values in zip(tensors, columns, strict=True)
         ]
 
-    def _from_objects(self, field: str, objects: Sequence[Any]) -> list[TensorValues]:
-        tensors: list[Tensor] = []
-        columns: list[list[Any]] = []
-        for name, attribute in self._attributes.items():
-            column = [getattr(one, attribute) for one in objects]
-            if msgspec.UNSET in column:
-                if all(value is msgspec.UNSET for value in column):
-                    continue
-                row = column.index(msgspec.UNSET)
+    def _by_column(self, field: str, rows: Sequence[dict[str, msgspec.Raw]]) -> list[TensorValues]:
+        if not rows:
+            raise ContractViolation(f"{field}: there are no rows; send at least one")
+        self._check_names(f"{field}[0]", rows[0])
+        _check_same_columns(field, rows)
+        found: list[TensorValues] = []
+        for name in rows[0]:
+            tensor = self._tensors[name]
+            cells = b"[" + b",".join([row[name] for row in rows]) + b"]"
+            try:
+                values = decoder_of(tensor.datatype, 1 + _depth(tensor)).decode(cells)
+            except DATA_ERRORS as error:
+                at = _ROW.search(str(error))
+                row, inside = at.groups() if at else ("0", "")
                 raise ContractViolation(
-                    f"{field}[{row}]: {quoted(name)} is missing, which other rows have"
-                )
-            tensors.append(self._tensors[name])
-            columns.append(column)
-        return self._columns(field, tensors, columns if objects else ())
-
-    def _object_problem(self, field: str, error: Exception) -> str:
-        text = str(error)
-        at = _RECORD.search(text)
-        if at is None:
-            return f"{field}: expected a list of objects, one for each row"
-        where = f"{field}[{at.group(1)}]"
-        name = _FIELD.search(text)
-        if name is not None and text.startswith("Object missing"):
-            return f"{where}: {quoted(name.group(1))} is missing"
-        if name is not None and text.startswith("Object contains"):
-            return (
-                f"{where}: the model has no {quoted(name.group(1))};"
-                f" it {self._verb} {self.listed()}"
-            )
-        path = at.group(2).removeprefix(".")
-        column = max((one for one in self._tensors if path.startswith(one)), key=len, default=None)
-        if column is None:
-            return f"{where}: expected an object, one for each row"
-        said = expectation(error, self._tensors[column].datatype)
-        return f"{where}, column {quoted(column)}{path.removeprefix(column)}: {said}"
+                    f"{field}[{row}], column {quoted(name)}{inside}:"
+                    f" {expectation(error, tensor.datatype)}"
+                ) from None
+            found.append(_column(f"{field}, column {quoted(name)}", tensor, values))
+        return found
 
     def _names_tensors(self, data: msgspec.Raw) -> bool:
         try:
@@ -257,19 +233,35 @@ class TableReader:
         columns = list(rows[0]) if rows else []
         if rows:
             self._check_width(f"{field}[0]", matrix, len(columns))
-        data: list[list[Any]] = []
-        for index, row in enumerate(rows):
-            if list(row) == columns:
-                data.append(list(row.values()))
-                continue
-            if row.keys() != set(columns):
-                odd = next(iter(row.keys() ^ set(columns)))
-                raise ContractViolation(
-                    f"{field}[{index}]: column {quoted(odd)} is in this row or in the first,"
-                    " and not in both; send the same columns in every row"
-                )
-            data.append([row[name] for name in columns])
+        _check_same_columns(field, rows)
+        data = [[row[name] for name in columns] for row in rows]
         return _whole(field, matrix, data, (len(rows), len(columns)))
+
+
+def _check_same_columns(field: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = rows[0].keys() if rows else ()
+    for index, row in enumerate(rows):
+        if row.keys() != columns:
+            odd = next(name for one in (row, rows[0]) for name in one
+                       if name not in row or name not in rows[0])  # fmt: skip
+            raise ContractViolation(
+                f"{field}[{index}]: column {quoted(odd)} is in this row or in the first, and not in"
+                " both; send the same columns in every row"
+            )
+
+
+def _open(field: str, data: msgspec.Raw) -> list[dict[str, msgspec.Raw]]:
+    try:
+        return _open_records.decode(data)
+    except DATA_ERRORS as error:
+        at = _ROW.search(str(error))
+        if at is None:
+            raise ContractViolation(
+                f"{field}: expected a list of objects, one for each row"
+            ) from None
+        raise ContractViolation(
+            f"{field}[{at.group(1)}]: expected an object, one for each row"
+        ) from None
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -321,7 +313,11 @@ def _column(field: str, tensor: Tensor, values: list[Any]) -> TensorValues:
     if not tensor.shape:
         raise ContractViolation(f"{field}: it is a single value and no column; send `inputs`")
     check_64_bits(field, values, tensor.datatype)
-    shape = _shape(field, values, tensor, 1 + _depth(tensor))
+    depth = _depth(tensor)
+    if depth or tensor.shape[0] not in (ANY, len(values)):
+        shape = _shape(field, values, tensor, 1 + depth)
+    else:
+        shape = (len(values), *tensor.shape[1:])
     return TensorValues(tensor.name, tensor.datatype, shape, values)
 
 
@@ -342,7 +338,7 @@ def _whole(
 def _depth(tensor: Tensor) -> int:
     """How deep the lists in a cell are; 0 when a row is one value."""
     row = tensor.shape[1:]
-    return 0 if all(size == 1 for size in row) else len(row)
+    return 0 if row.count(1) == len(row) else len(row)
 
 
 def _one_batch(field: str, found: Sequence[TensorValues], tensors: Mapping[str, Tensor]) -> None:
@@ -369,60 +365,56 @@ def _nested_type(datatype: str, depth: int) -> Any:
     return kind
 
 
-def _record_decoder(
-    tensors: Sequence[Tensor],
-) -> tuple[msgspec.json.Decoder[list[Any]], dict[str, str]]:
-    """Reads objects with a field for each tensor, and which attribute holds which."""
-    attributes = {tensor.name: f"f{index}" for index, tensor in enumerate(tensors)}
-    fields: list[Any] = []
-    for tensor in tensors:
-        kind = _nested_type(tensor.datatype, _depth(tensor))
-        attribute = attributes[tensor.name]
-        if tensor.optional:
-            fields.append((attribute, kind | msgspec.UnsetType, msgspec.UNSET))
-        else:
-            fields.append((attribute, kind))
-    record = msgspec.defstruct(
-        "Record",
-        fields,
-        rename={attribute: name for name, attribute in attributes.items()},
-        forbid_unknown_fields=True,
-        kw_only=True,
-    )
-    return msgspec.json.Decoder(list[record]), attributes
-
-
 # --- CSV --------------------------------------------------------------------------------------
 
 _FLOATS: Final = frozenset({"FP16", "FP32", "FP64"})
 
 
-def _cells(name: str, cells: Sequence[str], tensor: Tensor) -> list[Any]:
-    """One column's texts as values of the tensor's type."""
-    if tensor.datatype == "BYTES":
-        return list(cells)
-    kind = list[ELEMENTS[tensor.datatype]]
-    stripped = [cell.strip() for cell in cells]
-    try:
-        values = msgspec.convert(stripped, kind, strict=False)
-    except msgspec.ValidationError as error:
-        at = _RECORD.search(str(error))
-        row = int(at.group(1)) if at else 0
+def _cells(rows: Sequence[list[str]], columns: Sequence[tuple[str, str]]) -> list[list[Any]]:
+    """The texts of rows as values of each column's type; `columns` are names and datatypes."""
+    kinds = {datatype for _, datatype in columns}
+    if kinds == {"BYTES"}:
+        return list(rows)
+    texts = [datatype == "BYTES" for _, datatype in columns]
+    stripped = [
+        [cell if text else cell.strip() for cell, text in zip(row, texts, strict=True)]
+        for row in rows
+    ]
+    if len(kinds) == 1:
+        kind: Any = list[ELEMENTS[kinds.pop()]]
     else:
-        if tensor.datatype not in _FLOATS or all(map(math.isfinite, values)):
+        kind = GenericAlias(tuple, tuple(ELEMENTS[datatype] for _, datatype in columns))
+    try:
+        values = msgspec.convert(stripped, list[kind], strict=False)
+    except msgspec.ValidationError as error:
+        at = _CELL.search(str(error))
+        row, column = (int(at.group(1)), int(at.group(2))) if at else (0, 0)
+    else:
+        places = _not_finite(values, [datatype in _FLOATS for _, datatype in columns])
+        if places is None:
             return values
-        row = next(at for at, one in enumerate(values) if not math.isfinite(one))
+        row, column = places
+    name, datatype = columns[column]
     raise ContractViolation(
-        f"csv row {row}, column {quoted(name)}: expected {WANTED[tensor.datatype]},"
-        f" got {quoted(cells[row])}"
+        f"csv row {row}, column {quoted(name)}: expected {WANTED[datatype]},"
+        f" got {quoted(rows[row][column])}"
     )
+
+
+def _not_finite(rows: list[Any], floats: Sequence[bool]) -> tuple[int, int] | None:
+    """Where a text was read as NaN or infinity, which no JSON could say."""
+    for column, is_float in enumerate(floats):
+        if is_float and not all(math.isfinite(row[column]) for row in rows):
+            return next(
+                (at for at, one in enumerate(rows) if not math.isfinite(one[column]))
+            ), column
+    return None
 
 
 # --- words ------------------------------------------------------------------------------------
 
 _CELL = re.compile(r" - at `\$\[(\d+)\]\[(\d+)\](.*)`$", re.DOTALL)
-_RECORD = re.compile(r" - at `\$\[(\d+)\](.*)`$", re.DOTALL)
-_FIELD = re.compile(r"^Object (?:missing required|contains unknown) field `(.*)` - at `", re.DOTALL)
+_ROW = re.compile(r" - at `\$\[(\d+)\](.*)`$", re.DOTALL)
 
 
 def _cell_problem(
@@ -434,7 +426,7 @@ def _cell_problem(
         tensor = tensors[int(cell.group(2))]
         said = expectation(error, tensor.datatype)
         return f"{field}[{cell.group(1)}], column {quoted(tensor.name)}{cell.group(3)}: {said}"
-    row = _RECORD.search(text)
+    row = _ROW.search(text)
     if row is None:
         return f"{field}: expected a list of rows"
     index = int(row.group(1))
@@ -452,18 +444,11 @@ def _cell_problem(
 
 def _record_problem(field: str, error: Exception, datatype: str, data: msgspec.Raw) -> str:
     """What is wrong with a record of which all values are of one type."""
-    at = _RECORD.search(str(error))
-    if at is None:
-        return f"{field}: expected a list of objects, one for each row"
-    where = f"{field}[{at.group(1)}]"
-    if not at.group(2):
-        return f"{where}: expected an object, one for each row"
+    rows = _open(field, data)
+    at = _ROW.search(str(error))
+    where = f"{field}[{at.group(1) if at else 0}]"
     said = expectation(error, datatype)
-    try:
-        row: dict[str, msgspec.Raw] = _open_records.decode(data)[int(at.group(1))]
-    except DATA_ERRORS:
-        return f"{where}: {said}"
-    for name, value in row.items():
+    for name, value in rows[int(at.group(1)) if at else 0].items():
         try:
             decoder_of(datatype, 0).decode(value)
         except DATA_ERRORS:

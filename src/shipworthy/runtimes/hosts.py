@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import logging
-import math
 import os
 import random
 import signal
@@ -27,13 +25,10 @@ import msgspec
 from shipworthy.domain.contract import Datatype
 from shipworthy.errors import RuntimeFailed
 from shipworthy.protocols.oip import TensorValues
+from shipworthy.protocols.packed import Packed, pack
 from shipworthy.runtimes.folder import ModelFile
 
 HOST_FILE: Final = Path(__file__).with_name("model_host.py")
-_CODES: Final = {
-    "BOOL": "?", "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q",
-    "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "FP16": "e", "FP32": "f", "FP64": "d",
-}  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -72,9 +67,9 @@ def request_frame(
 ) -> bytes:
     """A request as the host reads it."""
     described: list[dict[str, Any]] = []
-    parts: list[bytes] = []
+    parts: list[bytes | memoryview] = []
     for tensor in inputs:
-        raw = _packed(tensor)
+        raw = pack(tensor.datatype, tensor.data)
         parts.append(raw)
         shape = tensor.shape
         described.append(
@@ -85,27 +80,18 @@ def request_frame(
     return struct.pack("<II", len(header), len(body)) + header + body
 
 
-def _packed(tensor: TensorValues) -> bytes:
-    flat: list[Any] = tensor.data
-    while flat and isinstance(flat[0], list):
-        flat = list(itertools.chain.from_iterable(flat))
-    if tensor.datatype == "BYTES":
-        texts = [text.encode() for text in cast("list[str]", flat)]
-        return b"".join(struct.pack("<I", len(text)) + text for text in texts)
-    return struct.pack(f"<{len(flat)}{_CODES[tensor.datatype]}", *flat)
-
-
 def tensors_of(described: Iterable[dict[str, Any]], body: bytes) -> list[TensorValues]:
     """The tensors of an answer."""
     tensors: list[TensorValues] = []
     offset = 0
+    view = memoryview(body)
     for tensor in described:
         datatype: Datatype = tensor["datatype"]
         shape: tuple[int, ...] = tuple(tensor["shape"])
         if datatype == "BYTES":
-            data: Sequence[Any] = _texts(body[offset : offset + tensor["size"]])
+            data: Any = _texts(body[offset : offset + tensor["size"]])
         else:
-            data = struct.unpack_from(f"<{math.prod(shape)}{_CODES[datatype]}", body, offset)
+            data = Packed(datatype, view[offset : offset + tensor["size"]])
         offset += tensor["size"]
         tensors.append(TensorValues(tensor["name"], datatype, shape, data))
     return tensors

@@ -9,6 +9,8 @@ the model is being loaded or that the queue is full.
 `GET /v2/models/{model}` also has `parameters`, beyond the protocol: `release` (`digits@3`),
 `digest` (of the manifest that this process has loaded and verified the files against), `engine`
 and `engine_version`. So whoever asks knows which release answers.
+
+Tensors may come and go in binary, as the protocol's extension has it (`oip_binary`).
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ import shipworthy
 from shipworthy.domain.contract import ANY, Tensor
 from shipworthy.domain.manifest import Manifest
 from shipworthy.errors import RuntimeFailed, ShipworthyError
-from shipworthy.protocols import oip
+from shipworthy.protocols import oip, oip_binary
+from shipworthy.protocols.packed import Packed
 from shipworthy.runtimes.folder import model_of, verify
 from shipworthy.runtimes.hosts import (
     Busy,
@@ -51,6 +54,7 @@ from shipworthy.runtimes.orphans import wake_when_orphaned
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Headers = tuple[tuple[bytes, bytes], ...]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _log = logging.getLogger(__name__)
 
@@ -95,6 +99,8 @@ class Refusal(Exception):
 
 
 _RETRY = ((b"retry-after", b"1"),)
+_JSON: Headers = ((b"content-type", b"application/json"),)
+_LENGTH = oip_binary.HEADER.lower().encode()
 
 
 class ModelServer:
@@ -120,28 +126,39 @@ class ModelServer:
         """Answer one HTTP request."""
         if scope["type"] != "http":
             return
-        headers: Sequence[tuple[bytes, bytes]] = ()
+        headers = _JSON
         try:
-            status, body = await self._answer(scope, receive)
+            if _parts(scope)[3:][-1:] == ["infer"]:  # and no model of that name
+                status = 200
+                body, headers = await self._inferred(scope, receive)
+            else:
+                status, body = self._answer(scope)
         except Refusal as refusal:
-            status, body, headers = refusal.status, oip.error_body(str(refusal)), refusal.headers
+            status, body = refusal.status, oip.error_body(str(refusal))
+            headers = (*_JSON, *refusal.headers)
         except Exception as error:  # noqa: BLE001  # an answer, whatever it was
             _log.exception("a request failed in the server")
             status, body = 500, oip.error_body(f"the model server failed ({type(error).__name__})")
-        start = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-        ]
+        start = [(b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": [*start, *headers]})
         await send({"type": "http.response.body", "body": body})
 
-    async def _answer(self, scope: Scope, receive: Receive) -> tuple[int, bytes]:
-        parts = str(scope["path"]).strip("/").split("/")
+    async def _inferred(self, scope: Scope, receive: Receive) -> tuple[bytes, Headers]:
+        parts = _parts(scope)
+        if parts[:2] != ["v2", "models"] or self._of_model(parts[2:]) != "infer":
+            raise self._nothing_here(scope)
+        _only(scope, "POST")
+        length = next((value for name, value in scope["headers"] if name == _LENGTH), None)
+        body, length = await self._infer(await self._body(scope, receive), length)
+        if length is None:
+            return body, _JSON
+        binary = (b"content-type", oip_binary.CONTENT_TYPE.encode())
+        return body, (binary, (_LENGTH, str(length).encode()))
+
+    def _answer(self, scope: Scope) -> tuple[int, bytes]:
+        parts = _parts(scope)
         if parts[:2] == ["v2", "models"] and len(parts) > 2:
             what = self._of_model(parts[2:])
-            if what == "infer":
-                _only(scope, "POST")
-                return 200, await self._infer(await self._body(scope, receive))
             _only(scope, "GET", "HEAD")
             if what == "ready":
                 body = oip.model_ready(self._manifest.model, ready=self.ready)
@@ -154,7 +171,10 @@ class ModelServer:
             return 200, oip.server_live(live=True)
         if parts == ["v2", "health", "ready"]:
             return (200 if self.ready else 503), oip.server_ready(ready=self.ready)
-        raise Refusal(
+        raise self._nothing_here(scope)
+
+    def _nothing_here(self, scope: Scope) -> Refusal:
+        return Refusal(
             404, f"there is no {scope['path']} here; see /v2/models/{self._manifest.model}"
         )
 
@@ -210,12 +230,16 @@ class ModelServer:
             more = message.get("more_body", False)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-    async def _infer(self, body: bytes) -> bytes:
+    async def _infer(self, body: bytes, length: bytes | None) -> tuple[bytes, int | None]:
+        """The answer, and its JSON's length when there is binary data behind that."""
         if self.draining:
             raise Refusal(503, "this server is stopping; try another", _RETRY)
         try:
-            request = oip.decode_request(body)
+            json = None if length is None else oip_binary.header_length(length)
+            request = oip_binary.decode_request(body, json)
             inputs = self._checker.check_request(request)
+            _check_texts(inputs)
+            binary = oip_binary.wants_binary(request, self._outputs)
         except oip.InvalidMessage as error:
             raise Refusal(400, str(error)) from None
         wanted = [output.name for output in request.outputs] if request.outputs else None
@@ -230,8 +254,13 @@ class ModelServer:
         broken = self._broken(outputs, wanted)
         if broken is not None:
             raise Refusal(500, f"the model broke its contract: {broken}")
-        return oip.encode_response(
-            outputs, model_name=self._manifest.model, model_version=self._version, id=request.id
+        name, version = self._manifest.model, self._version
+        if not binary:
+            return oip.encode_response(
+                outputs, model_name=name, model_version=version, id=request.id
+            ), None
+        return oip_binary.encode_response(
+            outputs, model_name=name, model_version=version, id=request.id, binary=binary
         )
 
     def _broken(self, outputs: list[oip.TensorValues], wanted: list[str] | None) -> str | None:
@@ -247,6 +276,19 @@ class ModelServer:
                 shape = f"{output.datatype} {list(output.shape)}"
                 return f"{output.name!r} came as {shape}; promised is {_told(promised)}"
         return None
+
+
+def _parts(scope: Scope) -> list[str]:
+    return str(scope["path"]).strip("/").split("/")
+
+
+def _check_texts(inputs: Sequence[oip.TensorValues]) -> None:
+    """The hosts read BYTES as str, and binary data may hold what is none."""
+    for index, tensor in enumerate(inputs):
+        if tensor.datatype == "BYTES" and isinstance(tensor.data, Packed):
+            problem = tensor.data.json_problem()
+            if problem is not None:
+                raise oip.ContractViolation(f"inputs[{index}]: {problem}; send text in UTF-8")
 
 
 def _only(scope: Scope, *methods: str) -> None:
