@@ -8,6 +8,7 @@
     ├── lake/                Delta tables of what was asked, answered, learnt and decided; and how
     │                        far their writer is
     ├── lake-condition.json  how the lake's writer is: its lag, and what it waits for
+    ├── metrics/             the gateway workers' numbers, each worker's for the others
     ├── snapshots/           what the gateway obeys
     ├── secrets/             keys that never leave this machine
     ├── replicas/            one folder for each running replica
@@ -62,12 +63,28 @@ class OtlpSettings(Document):
     sample: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
 
 
+class TlsSettings(Document):
+    """PEM files: the certificate with those that lead to its authority, and its private key."""
+
+    certificate: str
+    key: str
+
+
 class GatewaySettings(Document):
-    """Where clients call, and how much one request may bring. Port 0 takes any free one."""
+    """Where clients call, and how much one request may bring. Port 0 takes any free one.
+
+    `unix_socket` is a path where it listens as well. `drain` is how long requests that are under
+    way may go on when a worker ends.
+    """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8080
+    unix_socket: str | None = None
+    tls: TlsSettings | None = None
+    workers: Annotated[int, Field(ge=1, le=64)] = 2
     max_body_bytes: Annotated[int, Field(ge=1024, le=1024 * MEBIBYTE)] = 10 * MEBIBYTE
+    access_log: bool = False
+    drain: Duration = 20.0
     otlp: OtlpSettings | None = None
 
 
@@ -170,6 +187,29 @@ class Project:
     def lake_condition(self) -> Path:
         """How the lake's writer is: its lag, and what it waits for."""
         return self.state / "lake-condition.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The gateway workers' numbers, in a folder for each `up`."""
+        return self.state / "metrics"
+
+    @property
+    def certificate(self) -> Path | None:
+        """The gateway's certificate; None where it speaks plain HTTP."""
+        tls = self.settings.gateway.tls
+        return self.root / tls.certificate if tls else None
+
+    @property
+    def private_key(self) -> Path | None:
+        """The private key of `certificate`."""
+        tls = self.settings.gateway.tls
+        return self.root / tls.key if tls else None
+
+    @property
+    def unix_socket(self) -> Path | None:
+        """Where the gateway listens beside its port."""
+        path = self.settings.gateway.unix_socket
+        return self.root / path if path else None
 
     @property
     def blobs(self) -> Path:

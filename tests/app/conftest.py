@@ -168,6 +168,15 @@ class Town:
         except (OSError, ValueError):
             return None
 
+    def workers(self) -> dict[str, int]:
+        """The ids of the gateway's processes that count, by name."""
+        try:
+            told = json.loads((self.root / ".shipworthy" / "processes.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        pids = {child["name"]: child["pid"] for child in told["children"] if child["pid"]}
+        return {name: pid for name, pid in pids.items() if name.startswith("worker-")}
+
     def process(self, module: str) -> int | None:
         """The id of this project's process that runs a module."""
         for folder in Path("/proc").iterdir():

@@ -34,7 +34,7 @@ def children(town: Town) -> dict[str, ChildState]:
 
 def all_children(town: Town) -> dict[str, ChildState]:
     """By name, once all run."""
-    return wait_for(lambda: (found := children(town)) and len(found) == 4 and found)
+    return wait_for(lambda: (found := children(town)) and len(found) == 5 and found)
 
 
 def pid(child: ChildState) -> int:
@@ -68,7 +68,7 @@ def test_whatever_is_killed_or_stopped_comes_back_and_keepers_take_over(town: To
     town.start()
     for number in (signal.SIGKILL, signal.SIGSTOP):
         before, fenced = all_children(town), wait_for(lambda: fence(town))
-        for child in before.values():  # both keepers, the lake's writer and the gateway
+        for child in before.values():  # both keepers, the lake's writer and the gateway's workers
             os.kill(pid(child), number)
         for child in before.values():
             wait_for(lambda child=child: replaced(town, child))
@@ -121,7 +121,7 @@ def test_one_keeper_alone_will_do(town: Town) -> None:
     settings = town.root / "shipworthy.yaml"
     settings.write_text(settings.read_text() + "keeper: {standby: false}\n")
     town.start()
-    found = wait_for(lambda: (found := children(town)) and len(found) == 3 and found)
+    found = wait_for(lambda: (found := children(town)) and len(found) == 4 and found)
     fenced = wait_for(lambda: fence(town))
     os.kill(pid(found["keeper"]), signal.SIGKILL)
     wait_for(lambda: fence(town) > fenced)

@@ -491,9 +491,8 @@ def test_a_gateway_that_does_not_listen_is_told(root: Path) -> None:
 
 def test_stopped_processes_are_told_and_continued_by_the_cure(town: Town) -> None:
     town.start()
-    address = town.address()
-    assert address
-    os.kill(address["pid"], signal.SIGSTOP)
+    for pid in wait_for(lambda: len(found := town.workers()) == 2 and found).values():
+        os.kill(pid, signal.SIGSTOP)
     wrong = wait_for(lambda: problems(look(town.root, "gateway")))[0]
     assert "is stopped" in wrong.seen
     subprocess.run(wrong.cure, shell=True, check=True)

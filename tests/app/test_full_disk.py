@@ -156,12 +156,6 @@ def dropped(town: Town) -> dict[str, int]:
     return {why.decode(): int(float(count)) for why, count in _DROPPED.findall(answer.body)}
 
 
-def children(town: Town) -> dict[str, int]:
-    """The ids of our processes."""
-    told = json.loads((town.root / ".shipworthy" / "processes.json").read_bytes())
-    return {child["name"]: child["pid"] for child in told["children"]}
-
-
 def free(town: Town) -> int:
     disk = os.statvfs(town.root / ".shipworthy")
     return disk.f_bavail * disk.f_frsize
@@ -212,7 +206,7 @@ def test_a_disk_filled_by_somebody_else_stops_no_answer_and_all_heals(crowded: T
     with Clients(crowded) as clients:
         assert clients.served_by() == {"digits@1", "digits@2"}
         assert clients.feedback_from_now_on() == {(202, None)}
-        before = children(crowded)
+        before = crowded.workers()
         fill(foreign)
         wait_for(lambda: fill(foreign) or dropped(crowded).get("disk"))
         assert wait_for(lambda: clients.feedback_from_now_on() == {(503, "1")})
@@ -226,7 +220,7 @@ def test_a_disk_filled_by_somebody_else_stops_no_answer_and_all_heals(crowded: T
         counted = sum(dropped(crowded).values())
         assert clients.served_by()
         assert sum(dropped(crowded).values()) == counted
-        assert children(crowded)["gateway"] == before["gateway"]
+        assert crowded.workers() == before
     check_all_is_well(crowded, clients)
 
 
@@ -236,7 +230,7 @@ def test_a_disk_filled_by_our_own_journals_stops_no_answer_and_all_heals(crowded
     (crowded.root / ".shipworthy" / "ballast").write_bytes(bytes(DISK // 2))
     with Clients(crowded) as clients:
         assert clients.served_by() == {"digits@1", "digits@2"}
-        before = children(crowded)
+        before = crowded.workers()
         with locked(project.lake_lock):  # the lake's writer waits, and nothing is deleted
             wait_for(lambda: sum(dropped(crowded).values()), 200)
             wait_for(lambda: (503, "1") in clients.feedback_from_now_on(20))
@@ -244,5 +238,5 @@ def test_a_disk_filled_by_our_own_journals_stops_no_answer_and_all_heals(crowded
             assert free(crowded) > 0
             assert wait_for(lambda: clients.served_by() == {"digits@1", "digits@2"})
         wait_for(lambda: clients.feedback_from_now_on() == {(202, None)}, 120)
-        assert children(crowded)["gateway"] == before["gateway"]
+        assert crowded.workers() == before
     check_all_is_well(crowded, clients)

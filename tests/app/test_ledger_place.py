@@ -74,7 +74,9 @@ def test_where_another_folder_s_keepers_decide_nothing_is_started(
         pytest.fail("it runs")
 
     async def up() -> None:
-        await supervisor.supervise(session, on_ready=fail, stop=asyncio.Event())
+        await supervisor.supervise(
+            session, on_ready=fail, bell=supervisor.Bell(asyncio.Event(), asyncio.Event())
+        )
 
     assert isinstance(session.ledger, SqlLedger)
     with session.ledger, pytest.raises(Conflict, match="/there decide on this ledger"):

@@ -66,10 +66,12 @@ def test_it_serves_without_keeper_and_ledger_also_after_a_restart(town: Town) ->
     killed = time.monotonic()
     assert town.infer().status == 200
 
-    address = town.address()
-    assert address is not None
-    os.kill(address["pid"], signal.SIGKILL)
-    wait_for(lambda: (now := town.address()) and now["pid"] != address["pid"])
+    before = town.workers()
+    for pid in before.values():
+        os.kill(pid, signal.SIGKILL)
+    wait_for(
+        lambda: len(town.workers()) == 2 and not {*town.workers().values()} & {*before.values()}
+    )
     wait_for(lambda: town.infer().status == 200, 20)
     # With nobody to renew the lease (3 s here), everyone is on stable.
     wait_for(lambda: time.monotonic() - killed > 4)

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
 from shipworthy.app.access import admin_key, create_key, revoke_key
-from shipworthy.app.gateway_address import gateway_url
+from shipworthy.app.gateway_address import gateway_pin, gateway_url
 from shipworthy.app.http import AiohttpClient
 from shipworthy.app.releasing import sample_request
 from shipworthy.app.serving import make_runtimes
@@ -462,7 +462,7 @@ async def _run(
     tell: Tell,
 ) -> None:
     manifest = manifest_of(release)
-    async with AiohttpClient() as http:
+    async with AiohttpClient(partial(gateway_pin, session.project)) as http:
         for number, (item, stage) in enumerate(wanted, 1):
             tell(f"{number} of {len(wanted)}: {item.id}")
             look = Look(session, release, manifest, stage, http)

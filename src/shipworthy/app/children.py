@@ -31,11 +31,12 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.2, 10.0
 _QUICK_DEATH = 5.0  # a life shorter than this counts against a child
 _START_SECONDS = 60.0  # from its start to its first word, on a machine under load
 _STEP_SECONDS = 0.5
+_FIRST_STEP_SECONDS = 0.05  # until its first word: somebody may wait for that
 _LAST_WORDS = 2_000  # bytes of its output that are looked at when it ends
 
 
 class ChildState(msgspec.Struct, frozen=True, kw_only=True):
-    """One child: `keeper`, `standby`, `lake writer` or `gateway`.
+    """One child: `keeper`, `standby`, `lake writer`, or a gateway worker such as `worker-0`.
 
     `since` is the Unix time of its start or, while `pid` is None, of its end. `problem` is the last
     one in one sentence, from `problem_at` on; empty when it never had one.
@@ -50,12 +51,32 @@ class ChildState(msgspec.Struct, frozen=True, kw_only=True):
     problem_at: float = 0.0
 
 
+class Renewal(msgspec.Struct, frozen=True, kw_only=True):
+    """How the last restart of the gateway's workers went, one worker after the other.
+
+    `number` counts the restarts since `up` began; 0 is none yet. Of `of` workers, `done` have been
+    replaced; `problem` says in one sentence why the rest was not. `notes` are what a person should
+    know beside that.
+    """
+
+    number: int = 0
+    running: bool = False
+    done: int = 0
+    of: int = 0
+    problem: str = ""
+    notes: tuple[str, ...] = ()
+
+
 class Processes(msgspec.Struct, frozen=True, kw_only=True):
-    """All children of the `up` with this `pid`, which began at `since` and is of this `version`."""
+    """All children of the `up` with this `pid`, which began at `since` and is of this `version`.
+
+    `renewal` is None where an `up` of an earlier version told this, which a SIGHUP would end.
+    """
 
     pid: int
     since: float
     children: tuple[ChildState, ...]
+    renewal: Renewal | None = None
     version: str = __version__
 
 
@@ -76,7 +97,8 @@ def read_processes(project: Project) -> Processes | None:
 class Child:
     """A process kept running: started anew when it dies or hangs, with waits between.
 
-    `silence` is for how many seconds it may say nothing into its heartbeat's pipe.
+    `silence` is for how many seconds it may say nothing into its heartbeat's pipe. It inherits
+    `descriptors`.
     """
 
     name: str
@@ -84,12 +106,14 @@ class Child:
     log_file: Path
     silence: float
     clock: Clock
+    descriptors: tuple[int, ...] = ()
     restarts: int = 0
     problem: str = ""
     _problem_at: float = 0.0
     _since: float = 0.0
     _process: asyncio.subprocess.Process | None = None
     _hung: bool = False
+    _spoke: bool = False
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -97,6 +121,11 @@ class Child:
         """The process id while it runs."""
         process = self._process
         return process.pid if process is not None and process.returncode is None else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it runs and has said so."""
+        return self._spoke and self.pid is not None
 
     @property
     def state(self) -> ChildState:
@@ -161,7 +190,8 @@ class Child:
             raise
         finally:
             os.close(told)
-        self._process, self._since, self._hung = process, self.clock(), False
+        self._process, self._since = process, self.clock()
+        self._hung = self._spoke = False
         if self._stop.is_set():  # told to stop while it was being started
             self._kill()
         watching = asyncio.create_task(self._watch(pulse))
@@ -182,7 +212,7 @@ class Child:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            pass_fds=(told,),
+            pass_fds=(told, *self.descriptors),
             env=os.environ | {HEARTBEAT_VARIABLE: str(told)},
             # A Ctrl-C in the terminal is for us to pass on. Not a session of its own: in ours, the
             # system ends a stopped child when we die, also one that is still being started.
@@ -208,13 +238,14 @@ class Child:
         Silence is counted in steps of our own, each behind a look into the pipe: if we were stopped
         or slow ourselves, what it said meanwhile is heard first, and its time begins anew.
         """
-        silent, limit = 0.0, _START_SECONDS
+        silent, limit, step = 0.0, _START_SECONDS, _FIRST_STEP_SECONDS
         while silent < limit:
-            await asyncio.sleep(_STEP_SECONDS)
+            await asyncio.sleep(step)
             if _heard(pulse):
-                silent, limit = 0.0, self.silence
+                self._spoke = True
+                silent, limit, step = 0.0, self.silence, _STEP_SECONDS
             else:
-                silent += _STEP_SECONDS
+                silent += step
         self._hung = True
         self._kill()
 

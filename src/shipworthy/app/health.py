@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 
 from shipworthy.app.children import ChildState, Processes, read_processes
 from shipworthy.app.gateway_address import gateway_address
@@ -36,19 +37,17 @@ def ask_gateway(project: Project, path: str) -> tuple[int, str]:
     Not through any proxy of the environment. Raises Unavailable when it does not answer.
     """
     address = gateway_address(project)
-    connection = http.client.HTTPConnection(address.reachable, address.port, timeout=_PATIENCE)
     try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode(errors="replace")
+        with closing(address.connection(_PATIENCE)) as connection:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:
         message = (
             f"the gateway at {address.url} does not answer ({error or type(error).__name__});"
-            f" see {project.logs / 'gateway.log'}"
+            f" see {project.logs / 'worker-0.log'}"
         )
         raise Unavailable(message) from error
-    finally:
-        connection.close()
 
 
 def dropped_records(metrics: str) -> dict[str, int]:

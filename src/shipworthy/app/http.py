@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import aiohttp
@@ -15,9 +15,16 @@ MOST_BYTES = 16 * 1024 * 1024
 
 
 class AiohttpClient:
-    """Use as an async context manager, for any number of requests."""
+    """Use as an async context manager, for any number of requests.
 
-    def __init__(self) -> None:
+    Args:
+        pin: The SHA-256 of the one certificate that must be shown at a URL; None where it must be
+            vouched for by an authority that this machine knows.
+
+    """
+
+    def __init__(self, pin: Callable[[str], bytes | None] = lambda _: None) -> None:
+        self._pin = pin
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -44,6 +51,7 @@ class AiohttpClient:
         if self._session is None:
             message = "the HTTP client is not open"
             raise Unavailable(message)
+        pinned = self._pin(url)
         try:
             async with self._session.request(
                 method,
@@ -51,6 +59,7 @@ class AiohttpClient:
                 headers=headers,
                 data=body,
                 allow_redirects=False,
+                ssl=True if pinned is None else aiohttp.Fingerprint(pinned),
                 timeout=aiohttp.ClientTimeout(total=timeout),
             ) as answer:
                 content = await answer.content.read(MOST_BYTES + 1)

@@ -56,7 +56,7 @@ def follow_parent(stop: Callable[[], object]) -> None:
 def heartbeat() -> Callable[[], None]:
     """Give what says that this process lives, for it to be called every HEARTBEAT_SECONDS.
 
-    It does nothing where nobody listens.
+    The first time also says that it is ready. It does nothing where nobody listens.
     """
     text = os.environ.pop(HEARTBEAT_VARIABLE, None)
     if text is None:

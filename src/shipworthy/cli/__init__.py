@@ -11,7 +11,7 @@ from typing import Annotated, cast
 import typer
 
 from shipworthy import __version__
-from shipworthy.cli import access, backup, lake, project, promotion, releases
+from shipworthy.cli import access, backup, gateway, lake, project, promotion, releases
 from shipworthy.cli.demo import demo
 from shipworthy.cli.doctor import doctor
 from shipworthy.cli.output import err
@@ -34,6 +34,7 @@ app.add_typer(releases.release, name="release")
 app.command()(promotion.check)
 app.command()(promotion.promote)
 app.command()(promotion.approve)
+app.add_typer(gateway.gateway, name="gateway")
 app.add_typer(promotion.rollout, name="rollout")
 app.command()(promotion.rollback)
 app.add_typer(access.keys, name="keys")

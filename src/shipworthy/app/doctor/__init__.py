@@ -45,6 +45,7 @@ EXAMINATIONS: dict[str, Examination] = {
     "ledger": decisions.ledger,
     "clock": decisions.clock,
     "port": running.port,
+    "certificate": running.certificate,
     "gateway": running.gateway,
     "processes": running.children,
     "orphans": running.orphans,

@@ -14,9 +14,10 @@ from shipworthy.app.doctor.results import Case, Result, bad, good, told, unseen,
 from shipworthy.app.gateway_address import gateway_address, gateway_file
 from shipworthy.app.health import STARTING, ask_gateway, restarted_often
 from shipworthy.app.status import LOCK
+from shipworthy.app.workers import certificate_notes, is_worker
 from shipworthy.domain.lifecycle import Deployment, DeploymentState, Release
 from shipworthy.domain.names import ReleaseReference
-from shipworthy.errors import Unavailable
+from shipworthy.errors import Unavailable, UsageError
 from shipworthy.settings import MEBIBYTE, Project
 
 _OURS = ("shipworthy.app.", "shipworthy.runtimes.")
@@ -64,7 +65,7 @@ def gateway(case: Case) -> Iterator[Result]:
         if case.up_for < STARTING:
             yield good("gateway", "'shipworthy up' is starting")
             return
-        cure = f"see {case.project.logs / 'gateway.log'}"
+        cure = f"see {case.project.logs / 'worker-0.log'}"
         yield bad("gateway", "'shipworthy up' runs and the gateway does not listen", cure)
         return
     try:
@@ -86,11 +87,38 @@ def gateway(case: Case) -> Iterator[Result]:
 
 
 def _silent(case: Case, error: Unavailable) -> Result:
-    pid = gateway_address(case.project).pid
-    process = case.machine.process(pid)
-    if process is not None and process.state == STOPPED:
-        return bad("gateway", f"the gateway is stopped: {process}", f"kill -CONT {pid}")
+    known = read_processes(case.project)
+    workers = [child.pid for child in known.children if is_worker(child)] if known else []
+    stopped = [
+        process
+        for pid in workers
+        if pid is not None
+        and (process := case.machine.process(pid)) is not None
+        and process.state == STOPPED
+    ]
+    if stopped and len(stopped) == len(workers):
+        seen = f"the gateway is stopped: {' and '.join(map(str, stopped))}"
+        pids = " ".join(str(process.pid) for process in stopped)
+        return bad("gateway", seen, f"kill -CONT {pids}")
     return told("gateway", error)
+
+
+def certificate(case: Case) -> Iterator[Result]:
+    """Whether the gateway's certificate can be used, and for how long."""
+    file = case.project.certificate
+    if file is None:
+        return
+    try:
+        notes = list(certificate_notes(case.project, case.clock()))
+    except UsageError as error:
+        seen, _, cure = str(error).partition("; ")
+        yield bad("certificate", seen, cure)
+        return
+    for note in notes:
+        seen, _, cure = note.partition("; ")
+        yield warn("certificate", seen, f"{cure}; the workers notice the new files by themselves")
+    if not notes:
+        yield good("certificate", f"{file} can be used")
 
 
 def children(case: Case) -> Iterator[Result]:
