@@ -15,7 +15,7 @@ whatever speaks the one protocol can be put in front of what speaks the other:
     >>> [(one.name, one.shape, one.data) for one in inputs]
     [('plan', (1,), ['pro']), ('age', (1,), [31.0])]
     >>> scoring.write_request(inputs)
-    b'{"dataframe_split":{"columns":["plan","age"],"data":[["pro",31.0]]}}'
+    b'{"dataframe_split":{"columns":["age","plan"],"data":[[31.0,"pro"]]}}'
 
     >>> request = oip.decode_request(oip.encode_request(inputs))
     >>> answer = b'{"predictions": [{"risk": 0.25, "why": "young"}]}'
@@ -93,6 +93,7 @@ class Scoring:
 
     def __init__(self, contract: Contract) -> None:
         self._inputs: Final = {tensor.name: tensor for tensor in contract.inputs}
+        self._order: Final = {name: place for place, name in enumerate(self._inputs)}
         self._outputs: Final = {tensor.name: tensor for tensor in contract.outputs}
         self._takes: Final = TableReader(contract.inputs, "takes")
         self._required: Final = [one.name for one in contract.outputs if not one.optional]
@@ -135,9 +136,11 @@ class Scoring:
         """These inputs, as they were checked, for a server that speaks scoring.
 
         Columns go as `dataframe_split`, the one matrix or list as `inputs`, anything else as
-        `inputs` by name: so they reach models with and without a signature. ContractViolation for
-        a value that JSON can't carry.
+        `inputs` by name: so they reach models with and without a signature. Without one, columns
+        must be in the order of the contract, which is why they are put into it. ContractViolation
+        for a value that JSON can't carry.
         """
+        inputs = sorted(inputs, key=lambda one: self._order[one.name])
         if _are_columns(inputs):
             columns = [flattened(_listed(one)) for one in inputs]
             rows = list(zip(*columns, strict=True))
