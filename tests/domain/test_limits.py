@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from shipworthy.domain.limits import (
     Usage,
     bounds_of,
+    carried,
     excess_of,
     fits,
     micros_of,
@@ -43,7 +44,7 @@ class Minutes:
         )
 
     def admit(self, limits: Limits, now: float, tokens: int) -> bool:
-        fitting = fits(bounds_of(limits), self.usage(now, 1, tokens), now)
+        fitting = fits(bounds_of(limits), self.usage(now, 1, tokens), carried(now))
         if fitting:
             self.requests[int(now // 60)] += 1
             self.tokens[int(now // 60)] += tokens
@@ -98,7 +99,7 @@ def test_a_refused_request_fits_after_the_time_that_is_told_and_not_long_before(
         minute = int(NOON // 60)
         minutes.requests.update({minute - 1: used[0], minute: used[1]})
         minutes.tokens.update({minute - 1: used[2], minute: used[3]})
-        return fits(bounds, minutes.usage(at, 1, tokens), at)
+        return fits(bounds, minutes.usage(at, 1, tokens), carried(at))
 
     usage = (used[0], used[1], used[2], used[3], 0, 0)
     excess = excess_of(bounds, usage, tokens=tokens, micros=0, now=now)

@@ -72,13 +72,20 @@ def micros_of(money: float) -> int:
     return math.ceil(money * MICROS) if money * MICROS < MOST else MOST
 
 
-def fits(bounds: Bounds, usage: Usage, now: float) -> bool:
-    """Whether the usage, a request's own reservation in it, is within its bounds."""
+def carried(now: float) -> float:
+    """The part of the minute before that lies within the last sixty seconds."""
+    return (_MINUTE - now % _MINUTE) / _MINUTE
+
+
+def fits(bounds: Bounds, usage: Usage, part: float) -> bool:
+    """Whether the usage, a request's own reservation in it, is within its bounds.
+
+    `part` is what is `carried` of the minute before.
+    """
     requests_before, requests, tokens_before, tokens, spent, running = usage
-    left = _MINUTE - now % _MINUTE  # of the minute before, what lies within the last 60 s
     return (
-        requests + int(requests_before * left / _MINUTE) <= bounds[0]
-        and tokens + int(tokens_before * left / _MINUTE) <= bounds[1]
+        requests + int(requests_before * part) <= bounds[0]
+        and tokens + int(tokens_before * part) <= bounds[1]
         and running <= bounds[2]
         and spent <= bounds[3]
     )
@@ -115,7 +122,7 @@ def _excess(
     if need > bound:
         return Excess(what, None)
     room = bound - need - used
-    if int(before * (_MINUTE - second) / _MINUTE) <= room:
+    if int(before * carried(second)) <= room:
         return None
     if room >= 0:  # as soon as enough of the minute before has gone by
         return Excess(what, _MINUTE * (1 - (room + 1) / before) - second)
@@ -128,18 +135,18 @@ def rate_headers(sides: Iterable[tuple[Bounds, Usage]], now: float) -> list[tupl
 
     `sides` are those of key and model with what they have used; of each limit the tighter is told.
     """
-    second = now % _MINUTE
+    second, part = now % _MINUTE, carried(now)
     requests = tokens = budget = _NO_BOUND
     most_requests = most_tokens = 0
     to_requests = to_tokens = b""
     for bounds, usage in sides:
         before, used, tokens_before, tokens_used, spent, _ = usage
         bound = bounds[0]
-        left = bound - used - int(before * (_MINUTE - second) / _MINUTE)
+        left = bound - used - int(before * part)
         if bound < _NO_BOUND and left < requests:
             requests, most_requests, to_requests = left, bound, _reset(before, used, second)
         bound = bounds[1]
-        left = bound - tokens_used - int(tokens_before * (_MINUTE - second) / _MINUTE)
+        left = bound - tokens_used - int(tokens_before * part)
         if bound < _NO_BOUND and left < tokens:
             tokens, most_tokens = left, bound
             to_tokens = _reset(tokens_before, tokens_used, second)

@@ -111,7 +111,7 @@ class Row:
             tag = (day & _DAY_TAG) << _MONEY_BITS
             counted = words[at] ^ tag
             micros += counted if counted <= _MONEY else 0
-            words[at] = tag | min(_MONEY, micros)
+            words[at] = tag | (micros if micros < _MONEY else _MONEY)  # noqa: FURB136
         if running:
             words[own + _RUNNING] += running
 
@@ -124,13 +124,16 @@ class Row:
             at = own + 2 if minute & 1 else own
             counted = words[at] ^ (minute & _TAG) << _BITS
             if counted <= _COUNT:
-                words[at] -= min(requests, counted)
-                words[at + 1] -= min(tokens, words[at + 1])
+                if requests:
+                    words[at] -= min(requests, counted)
+                if tokens:
+                    left = words[at + 1] - tokens
+                    words[at + 1] = left if left > 0 else 0  # noqa: FURB136  # a third of max()
         if micros:
             at = own + 5 if day & 1 else own + 4
             counted = words[at] ^ (day & _DAY_TAG) << _MONEY_BITS
             if counted <= _MONEY:
-                words[at] -= min(micros, counted)
+                words[at] -= micros if micros < counted else counted  # noqa: FURB136
         if running and words[own + _RUNNING]:
             words[own + _RUNNING] -= running
 
