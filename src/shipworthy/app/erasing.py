@@ -35,6 +35,7 @@ class Held:
 
     inferences: int
     feedback: int
+    mirrors: int
 
 
 def pseudonym_of(project: Project, unit: str) -> str:
@@ -75,7 +76,7 @@ def held_of(project: Project, pseudonym: str, seconds: float) -> Held:
     """Count what the lake holds of a unit now."""
     counts = ", ".join(
         f"(SELECT count(*) FROM {table} WHERE unit = '{check_pseudonym(pseudonym)}') AS {table}"  # noqa: S608  # 16 of 0-9 and a-f
-        for table in ("inferences", "feedback")
+        for table in ("inferences", "feedback", "mirrors")
     )
     question = Question(
         lake=str(project.lake),

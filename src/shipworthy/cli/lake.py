@@ -53,7 +53,8 @@ def query(
 ) -> None:
     """Ask the lake with SQL (DuckDB's), which can only read.
 
-    The tables are inferences, feedback, decisions and minutes, and inferences_with_feedback.
+    The tables are inferences, feedback, mirrors, decisions and minutes, and the view
+    inferences_with_feedback.
 
     Example: shipworthy query "SELECT release, outcome, count(*) FROM inferences GROUP BY ALL"
     """
@@ -173,7 +174,7 @@ def forget(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
 ) -> None:
-    """Delete what was recorded of a unit until now: its inferences and feedback in the lake.
+    """Delete what was recorded of a unit until now: its inferences, feedback and mirrored answers.
 
     What of it is still on its way there is left out when it arrives. It can't be undone.
 
@@ -209,7 +210,8 @@ def forget(
 def _held(project: Project, name: str) -> str:
     with waiting("looking what there is of it"):
         held = held_of(project, name, _COUNT_SECONDS)
-    return f"{_many(held.inferences, 'inference')} and {held.feedback:,} feedback"
+    mirrored = f", and {_many(held.mirrors, 'mirrored answer')}" if held.mirrors else ""
+    return f"{_many(held.inferences, 'inference')} and {held.feedback:,} feedback{mirrored}"
 
 
 def _agreed() -> bool:

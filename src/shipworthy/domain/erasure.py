@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from shipworthy.domain.records import FeedbackRecord, Record
+from shipworthy.domain.records import InferenceRecord, MirrorRecord, Record
 
 
 class Tombstone(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,13 +24,25 @@ class Tombstone(msgspec.Struct, frozen=True, kw_only=True):
 def is_forgotten(record: Record, forgotten: Mapping[str, float]) -> bool:
     """Whether a record may not be kept; `forgotten` has the time of each unit's newest tombstone.
 
-    A request counts by its own time, feedback by the time of the inference that it is about: what a
-    unit does after it was forgotten is a new beginning.
+    A request counts by its own time, feedback and the answer of a mirrored release by the time of
+    the inference that they are about: what a unit does after it was forgotten is a new beginning.
     """
     if record.unit is None:
         return False
     until = forgotten.get(record.unit)
     if until is None:
         return False
-    about = record.asked_at if isinstance(record, FeedbackRecord) else record.at
+    about = asked_at(record)
     return about is None or about <= until
+
+
+def asked_at(record: Record) -> float | None:
+    """The Unix time of the inference that a record is about; None where nobody knows it.
+
+    A mirrored release was called when the request came in.
+    """
+    if isinstance(record, InferenceRecord):
+        return record.at
+    if isinstance(record, MirrorRecord) and record.asked_at is None:
+        return record.at - record.seconds
+    return record.asked_at

@@ -91,7 +91,7 @@ class MirrorRecord(msgspec.Struct, frozen=True, kw_only=True, tag="mirror", omit
 
     `agrees` is whether it says the same as the answer that the client got, None where they can't be
     compared; `difference` is the first field in which they differ. `request` is in the record of
-    the `inference`.
+    the `inference`, whose Unix time is `asked_at`, from its id.
     """
 
     id: str
@@ -115,6 +115,7 @@ class MirrorRecord(msgspec.Struct, frozen=True, kw_only=True, tag="mirror", omit
     response_digest: str | None = None
     unit: str | None = None
     redacted: int = 0
+    asked_at: float | None = None
 
 
 class FeedbackRecord(msgspec.Struct, frozen=True, kw_only=True, tag="feedback", omit_defaults=True):

@@ -14,7 +14,7 @@ from deltalake import DeltaTable
 
 from shipworthy.domain.erasure import Tombstone
 from shipworthy.domain.lifecycle import Decision
-from shipworthy.domain.records import FeedbackRecord, InferenceRecord, Outcome, Record
+from shipworthy.domain.records import FeedbackRecord, InferenceRecord, MirrorRecord, Outcome, Record
 from shipworthy.stores.journal import JournalReader, JournalWriter
 from shipworthy.stores.lake.state import Condition, load_condition
 from shipworthy.stores.lake.writer import Files, LakeWriter
@@ -142,6 +142,25 @@ def make_feedback(number: int, **fields) -> FeedbackRecord:
         "value": 4,
     } | fields
     return FeedbackRecord(**values)
+
+
+def make_mirror(number: int, **fields) -> MirrorRecord:
+    values: dict[str, Any] = {
+        "id": f"m{number:05d}",
+        "at": NOW + number / 1000,
+        "inference": f"i{number:05d}",
+        "plan": "digits",
+        "model": "digits",
+        "release": "digits@2",
+        "outcome": Outcome.SUCCESS,
+        "seconds": 0.02,
+    } | fields
+    return MirrorRecord(**values)
+
+
+@pytest.fixture
+def mirror() -> Callable[..., MirrorRecord]:
+    return make_mirror
 
 
 @pytest.fixture

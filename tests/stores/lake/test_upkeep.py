@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tarfile
 from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
@@ -15,16 +16,18 @@ from arro3.core import Table
 from deltalake import DeltaTable, Field, Schema, write_deltalake
 from deltalake.schema import PrimitiveType
 
-from shipworthy.domain.records import FeedbackRecord, InferenceRecord
+from shipworthy.domain.records import FeedbackRecord, InferenceRecord, MirrorRecord
 from shipworthy.errors import Unavailable
-from shipworthy.stores.journal import JournalReader
+from shipworthy.stores.journal import JournalReader, JournalWriter
 from shipworthy.stores.lake import schema, upkeep
 from shipworthy.stores.lake import writer as module
 from shipworthy.stores.lake.tables import TARGET_BYTES, LakeTable, SmallFiles
 from shipworthy.stores.lake.upkeep import worth_merging
 
+SAMPLES = Path(__file__).parents[1] / "samples"
 Inference = Callable[..., InferenceRecord]
 Feedback = Callable[..., FeedbackRecord]
+Mirror = Callable[..., MirrorRecord]
 Lake = Any
 """Of conftest.py."""
 NOW = 1_790_000_000.0
@@ -36,11 +39,22 @@ PLANTED = {
     "traceparent": "planted-trace",
     "request": b"planted-request",
     "response": b"planted-response",
+    "features": {"planted-feature": "planted-word"},
+    "request_digest": "planted-digest",
+    "response_digest": "planted-digest",
 }
 PLANTED_FEEDBACK = {
     "inference": "planted-id",
     "unit": "planted-unit",
     "value": "planted-opinion",
+}
+PLANTED_MIRROR = {
+    "id": "planted-copy",
+    "inference": "planted-id",
+    "unit": "planted-unit",
+    "difference": "planted-field",
+    "response": b"planted-response",
+    "response_digest": "planted-digest",
 }
 
 
@@ -63,13 +77,15 @@ def footers(files: Iterable[Path]) -> list[tuple]:
 
 class TestPersonalColumns:
     @pytest.fixture
-    def planted(self, lake: Lake, inference: Inference, feedback: Feedback) -> Lake:
+    def planted(self, lake: Lake, inference: Inference, feedback: Feedback, mirror: Mirror) -> Lake:
         for number in range(3):
             lake.move(
                 inference(number, **PLANTED),
                 inference(number, **(PLANTED | {"unit": "other"})),
                 feedback(number, **PLANTED_FEEDBACK),
                 feedback(number, **(PLANTED_FEEDBACK | {"value": 987654})),
+                mirror(number, **PLANTED_MIRROR),
+                mirror(number, **(PLANTED_MIRROR | {"unit": "other"})),
             )
         compact_all(lake)
         lake.restart()
@@ -83,7 +99,7 @@ class TestPersonalColumns:
     def test_their_files_keep_no_statistics_of_them(self, planted: Lake):
         personal = {
             column.name
-            for table in (schema.INFERENCES, schema.FEEDBACK)
+            for table in (schema.INFERENCES, schema.FEEDBACK, schema.MIRRORS)
             for column in table.columns
             if column.personal
         } - {"id"}  # feedback's own says nothing of a unit
@@ -99,7 +115,7 @@ class TestPersonalColumns:
     def test_the_logs_say_nothing_of_them(self, planted: Lake):
         logs = [
             log
-            for table in ("inferences", "feedback")
+            for table in ("inferences", "feedback", "mirrors")
             for log in (planted.folder / table / "_delta_log").iterdir()
         ]
         said = "".join(log.read_text() for log in logs if log.suffix == ".json")
@@ -130,7 +146,7 @@ class TestForgetting:
             )
 
     def test_a_unit_leaves_lake_and_journals(
-        self, lake: Lake, inference: Inference, feedback: Feedback
+        self, lake: Lake, inference: Inference, feedback: Feedback, mirror: Mirror
     ):
         for number in range(3):
             lake.move(
@@ -139,9 +155,14 @@ class TestForgetting:
                 feedback(number, unit="gone", asked_at=NOW - 5),
                 feedback(number + 10, unit="gone", asked_at=None),
                 feedback(number + 20, unit="stays", asked_at=NOW - 5),
+                mirror(number, unit="gone"),
+                mirror(number + 10, unit="stays"),
             )
         lake.move(
-            inference(20, unit="gone", at=NOW + 60), feedback(30, unit="gone", asked_at=NOW + 60)
+            inference(20, unit="gone", at=NOW + 60),
+            feedback(30, unit="gone", asked_at=NOW + 60),
+            mirror(20, unit="gone", at=NOW + 31, seconds=2.0),
+            mirror(30, unit="gone", at=NOW + 60, asked_at=NOW + 31),
         )
         lake.worker.close()
         lake.forget("gone", NOW + 30)
@@ -149,16 +170,17 @@ class TestForgetting:
         lake.drain()
         assert lake.query("SELECT id FROM inferences WHERE unit = 'gone'") == [("i00020",)]
         assert lake.query("SELECT id FROM feedback WHERE unit = 'gone'") == [("f00030",)]
+        assert lake.query("SELECT id FROM mirrors WHERE unit = 'gone'") == [("m00030",)]
         assert list(lake.journals.iterdir()) == []
         lake.now += module.READERS_SECONDS - 1
         lake.drain()
         assert len([unit for unit in self.units(lake) if unit == ("gone",)]) > 2  # being read
         lake.now += 2
         lake.drain()
-        assert self.units(lake) == [("gone",)] * 2 + [("stays",)] * 6
+        assert self.units(lake) == [("gone",)] * 3 + [("stays",)] * 9
 
     def test_what_arrives_late_is_left_out(
-        self, lake: Lake, inference: Inference, feedback: Feedback
+        self, lake: Lake, inference: Inference, feedback: Feedback, mirror: Mirror
     ):
         lake.forget("gone", NOW)
         lake.move(
@@ -166,12 +188,14 @@ class TestForgetting:
             inference(2, unit="gone", at=NOW + 9),
             feedback(1, unit="gone", asked_at=NOW - 9, at=NOW + 9),
             feedback(2, unit="gone", asked_at=NOW + 9, at=NOW + 9),
+            mirror(1, unit="gone", asked_at=NOW - 9, at=NOW + 9),
             inference(3),
         )
         lake.forget("gone", NOW + 20)
         lake.move(inference(4, unit="gone", at=NOW + 19))
         assert lake.ids("inferences") == ["i00003"]
         assert lake.table("feedback").count() == 0
+        assert lake.table("mirrors").count() == 0
 
     def test_a_restart_in_the_middle_forgets_all(self, lake: Lake, inference: Inference):
         for number in range(4):
@@ -351,12 +375,15 @@ class TestSpace:
         opened.purge(NOW, 0.0)
         assert len(list((lake.folder / "inferences").glob("day=*/*"))) == 1
 
-    def test_old_days_are_dropped(self, lake: Lake, inference: Inference, feedback: Feedback):
-        lake.move(inference(1), feedback(1), inference(2, at=NOW + 2 * DAY))
+    def test_old_days_are_dropped(
+        self, lake: Lake, inference: Inference, feedback: Feedback, mirror: Mirror
+    ):
+        lake.move(inference(1), feedback(1), mirror(1), inference(2, at=NOW + 2 * DAY))
         lake.now += 366 * DAY
         lake.drain()
         assert lake.ids("inferences") == ["i00002"]
         assert lake.table("feedback").count() == 0
+        assert lake.table("mirrors").count() == 0
         assert lake.query("SELECT sum(requests) FROM minutes") == [(1,)]
 
     def test_logs_stay_short(self, lake: Lake, inference: Inference):
@@ -416,6 +443,45 @@ class TestEvolution:
         assert found == [("i00001", b"42"), ("old", None)]
         logs = (lake.folder / "inferences" / "_delta_log").glob("*.json")
         assert "planted" not in "".join(log.read_text() for log in logs)
+
+    def test_a_lake_of_the_first_version_goes_on(
+        self, lake: Lake, inference: Inference, feedback: Feedback, mirror: Mirror
+    ):
+        # With a batch under way, which one table has and the others lack.
+        lake.worker.close()
+        with tarfile.open(SAMPLES / "lake-1.tar.gz") as sample:
+            sample.extractall(lake.folder.parent, filter="data")
+        lake.worker = JournalWriter(lake.journals, "w1", 10**9)
+        lake.now = NOW + DAY + 10
+        lake.restart()
+        lake.drain()
+        assert lake.ids("inferences") == [f"i{number:05d}" for number in range(6)]
+        assert lake.ids("feedback") == [f"f{number:05d}" for number in range(6)]
+        compact_all(lake)  # files that all lack the new columns
+        counts = lake.query(
+            "SELECT sum(requests), sum(request_bytes), sum(input_tokens), count(*) FROM minutes"
+            " WHERE slice = ''"
+        )
+        assert counts == [(6, 0, 0, 2)]
+        lake.restart()
+        at = {"at": NOW + DAY, "unit": "u1"}
+        lake.move(
+            inference(6, input_tokens=7, features={"rows": 1.0}, **at), feedback(6), mirror(6, **at)
+        )
+        compact_all(lake)  # files with and without them
+        assert lake.query("SELECT id, input_tokens, protocol FROM inferences ORDER BY id")[-2:] == [
+            ("i00005", None, None),
+            ("i00006", 7, "oip-v2"),
+        ]
+        assert lake.query(
+            "SELECT sum(requests), sum(input_tokens) FROM minutes WHERE slice = ''"
+        ) == [(7, 7)]
+        assert lake.ids("mirrors") == ["m00006"]
+        lake.restart()
+        lake.forget("u1", NOW + 2 * DAY)
+        lake.drain()
+        assert lake.ids("inferences") == ["i00005"]
+        assert lake.table("mirrors").count() == 0
 
     def test_columns_of_a_later_version_are_left_empty(self, lake: Lake, inference: Inference):
         columns = [*self.columns(), ("later", "string")]

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from shipworthy.domain.records import FeedbackRecord, InferenceRecord
+from shipworthy.domain.records import FeedbackRecord, InferenceRecord, MirrorRecord, Outcome
 from shipworthy.errors import IntegrityError, LedgerUnavailable, Unavailable
 from shipworthy.stores.files import locked
 from shipworthy.stores.journal import JournalReader, JournalWriter
@@ -27,6 +27,7 @@ from shipworthy.stores.lake.tables import LakeTable
 
 Inference = Callable[..., InferenceRecord]
 Feedback = Callable[..., FeedbackRecord]
+Mirror = Callable[..., MirrorRecord]
 Lake = Any
 """Of conftest.py."""
 NOW = 1_790_000_000.0
@@ -54,10 +55,50 @@ class TestMoving:
         )
         assert counts == [("", 2), ("country=DE", 1)]
 
-    def test_batches_follow_one_another(self, lake: Lake, inference: Inference, feedback: Feedback):
+    def test_all_that_a_request_of_a_language_model_tells_has_its_column(
+        self, lake: Lake, inference: Inference, mirror: Mirror
+    ):
+        told = {
+            "protocol": "openai", "operation": "chat", "stream": True, "input_tokens": 12,
+            "output_tokens": 34, "cached_tokens": 5, "tokens_estimated": True, "cost": 0.25,
+            "first_content_seconds": 0.1, "gap_seconds": 0.02, "longest_gap_seconds": 0.3,
+            "finish": "stop", "request_digest": "aa", "response_digest": "bb", "redacted": 3,
+        }  # fmt: skip
+        lake.move(inference(1, features={"messages": 2.0, "finish": "stop"}, **told), inference(2))
+        found = lake.query(f"SELECT {', '.join(told)}, features FROM inferences ORDER BY id")
+        assert found[0] == (*told.values(), '{"messages":2.0,"finish":"stop"}')
+        nothing = (None, None, None, False, None, None, None, None, "", None, None, 0, None)
+        assert found[1] == ("oip-v2", "infer", False, *nothing)
+        same = {
+            "release": "chat@4", "compared_with": "chat@3", "reason": "", "status": 200,
+            "seconds": 0.5, "agrees": False, "difference": "choices[0].message.content",
+            "input_tokens": 12, "output_tokens": 30, "cost": 0.2, "response_bytes": 2,
+            "response": b"{}", "response_digest": "cc", "unit": "u1", "redacted": 1,
+        }  # fmt: skip
+        lake.move(mirror(1, **same), mirror(2, outcome=Outcome.FAILURE, asked_at=NOW))
+        found = lake.query(f"SELECT {', '.join(same)} FROM mirrors ORDER BY id")
+        assert found[0] == tuple(same.values())
+        found = lake.query(
+            "SELECT outcome, agrees, inference, day::text, epoch_us(asked) FROM mirrors ORDER BY id"
+        )
+        assert found == [
+            ("success", False, "i00001", "2026-09-21", (NOW - 0.499) * 1e6),
+            ("failure", None, "i00002", "2026-09-21", NOW * 1e6),
+        ]
+
+    def test_minutes_add_up_tokens_and_cost(self, lake: Lake, inference: Inference):
+        used = {"input_tokens": 10, "output_tokens": 3, "cost": 0.5}
+        lake.move(inference(1, **used), inference(2, **used, slices={"a": "b"}), inference(3))
+        sums = "sum(input_tokens), sum(output_tokens), sum(cost)"
+        assert lake.query(f"SELECT {sums} FROM minutes WHERE slice = ''") == [(20, 6, 1.0)]
+        assert lake.query(f"SELECT {sums} FROM minutes WHERE slice = 'a=b'") == [(10, 3, 0.5)]
+
+    def test_batches_follow_one_another(
+        self, lake: Lake, inference: Inference, feedback: Feedback, mirror: Mirror
+    ):
         lake.restart(batch_records=7)
         for number in range(50):
-            lake.append(inference(number), feedback(number))
+            lake.append(inference(number), feedback(number), mirror(number))
         lake.drain()
         lake.decide("d1")
         lake.move(inference(50))
@@ -66,6 +107,7 @@ class TestMoving:
         lake.move(inference(51))
         assert lake.ids("inferences") == [f"i{number:05d}" for number in range(52)]
         assert lake.ids("feedback") == [f"f{number:05d}" for number in range(50)]
+        assert lake.ids("mirrors") == [f"m{number:05d}" for number in range(50)]
         assert lake.query("SELECT sum(requests) FROM minutes WHERE slice = ''") == [(52,)]
         assert lake.ids("decisions") == ["d1", "d2"]
 
@@ -95,7 +137,7 @@ class TestMoving:
         assert len(list(lake.journals.iterdir())) == before
 
     def test_what_has_no_place_in_a_column_keeps_nothing_else_out(
-        self, lake: Lake, inference: Inference, feedback: Feedback
+        self, lake: Lake, inference: Inference, feedback: Feedback, mirror: Mirror
     ):
         lake.move(
             inference(1),
@@ -106,10 +148,15 @@ class TestMoving:
             inference(6, sent=1e300),
             feedback(7),
             inference(8),
+            inference(9, input_tokens=2**63),
+            mirror(1),
+            mirror(2, at=1e300),
+            mirror(3, output_tokens=2**63),
         )
         assert lake.ids("inferences") == ["i00001", "i00008"]
         assert lake.ids("feedback") == ["f00007"]
-        assert lake.condition.skipped == {"unfit": 5}
+        assert lake.ids("mirrors") == ["m00001"]
+        assert lake.condition.skipped == {"unfit": 8}
 
     def test_any_value_of_feedback_has_its_place(self, lake: Lake, feedback: Feedback):
         values = [True, None, "é\0", {"a": [1, None]}, [], float("nan"), 1.5]
@@ -310,12 +357,13 @@ class TestFaults:
         lake.drain()
         assert lake.ids("inferences") == ["i00001", "i00002", "i00003"]
 
-    @pytest.mark.parametrize("failing", [1, 2, 3])
+    @pytest.mark.parametrize("failing", [1, 2, 3, 4])
     def test_a_table_that_refuses_is_written_later(
         self,
         lake: Lake,
         inference: Inference,
         feedback: Feedback,
+        mirror: Mirror,
         monkeypatch: pytest.MonkeyPatch,
         failing: int,
     ):
@@ -329,10 +377,11 @@ class TestFaults:
             append(*arguments)
 
         monkeypatch.setattr(LakeTable, "append", refuse)
-        lake.append(inference(1), feedback(1))
+        lake.append(inference(1), feedback(1), mirror(1))
         with pytest.raises(Unavailable):
             lake.writer.cycle()
         lake.move(inference(2))
+        assert lake.ids("mirrors") == ["m00001"]
         assert lake.ids("inferences") == ["i00001", "i00002"]
         assert lake.ids("feedback") == ["f00001"]
         assert lake.query("SELECT sum(requests) FROM minutes") == [(2,)]
@@ -461,7 +510,7 @@ for line in sys.stdin:
 
 @pytest.mark.timeout(400)
 def test_a_death_at_any_step_neither_loses_nor_doubles(
-    lake: Lake, inference: Inference, feedback: Feedback
+    lake: Lake, inference: Inference, feedback: Feedback, mirror: Mirror
 ):
     command = [sys.executable, "-c", DYING, str(lake.folder.parent)]
     sent = 0
@@ -478,9 +527,9 @@ def test_a_death_at_any_step_neither_loses_nor_doubles(
             dying.stdin.flush()
             return int(dying.stdout.readline())
 
-        for step in range(1, 45):
+        for step in range(1, 52):
             for _ in range(3):
-                lake.append(inference(sent), feedback(sent))
+                lake.append(inference(sent), feedback(sent), mirror(sent))
                 sent += 1
             lake.decide(f"d{step:05d}")
             if step % 5 == 0:
@@ -491,8 +540,9 @@ def test_a_death_at_any_step_neither_loses_nor_doubles(
         dying.stdin.close()
     assert lake.ids("inferences") == [f"i{number:05d}" for number in range(sent)]
     assert lake.ids("feedback") == [f"f{number:05d}" for number in range(sent)]
+    assert lake.ids("mirrors") == [f"m{number:05d}" for number in range(sent)]
     assert lake.query("SELECT sum(requests) FROM minutes") == [(sent,)]
-    assert lake.ids("decisions") == [f"d{step:05d}" for step in range(1, 45)]
+    assert lake.ids("decisions") == [f"d{step:05d}" for step in range(1, 52)]
 
 
 KILLED = DYING.split("# Each run", maxsplit=1)[0] + "\nwhile True:\n    run(0)\n"
@@ -500,7 +550,9 @@ KILLED = DYING.split("# Each run", maxsplit=1)[0] + "\nwhile True:\n    run(0)\n
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_random_kills_neither_lose_nor_double(lake: Lake, inference: Inference, feedback: Feedback):
+def test_random_kills_neither_lose_nor_double(
+    lake: Lake, inference: Inference, feedback: Feedback, mirror: Mirror
+):
     draw = random.Random(os.environ.get("SEED") or time.time_ns())
     command = [sys.executable, "-c", KILLED, str(lake.folder.parent)]
     lake.worker.close()
@@ -510,7 +562,7 @@ def test_random_kills_neither_lose_nor_double(lake: Lake, inference: Inference, 
         with subprocess.Popen(command) as writer:
             end = time.monotonic() + (1.0 + draw.random() * 4 if kill else 8.0)
             while time.monotonic() < end:
-                lake.append(inference(sent), feedback(sent))
+                lake.append(inference(sent), feedback(sent), mirror(sent))
                 sent += 1
                 if sent % 50 == 0:
                     lake.keeper_read_all()
@@ -521,4 +573,5 @@ def test_random_kills_neither_lose_nor_double(lake: Lake, inference: Inference, 
     lake.drain()
     assert lake.ids("inferences") == [f"i{number:05d}" for number in range(sent)]
     assert lake.ids("feedback") == [f"f{number:05d}" for number in range(sent)]
+    assert lake.ids("mirrors") == [f"m{number:05d}" for number in range(sent)]
     assert lake.query("SELECT sum(requests) FROM minutes") == [(sent,)]

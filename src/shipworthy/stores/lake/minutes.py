@@ -41,12 +41,23 @@ def _add(
 ) -> None:
     found = sums.get(key)
     if found is None:
-        sums[key] = [1, record.seconds, record.request_bytes, record.response_bytes]
+        sums[key] = [
+            1,
+            record.seconds,
+            record.request_bytes,
+            record.response_bytes,
+            record.input_tokens or 0,
+            record.output_tokens or 0,
+            record.cost or 0.0,
+        ]
         return
     found[0] += 1
     found[1] += record.seconds
     found[2] += record.request_bytes
     found[3] += record.response_bytes
+    found[4] += record.input_tokens or 0
+    found[5] += record.output_tokens or 0
+    found[6] += record.cost or 0.0
 
 
 def _columns(sums: dict[tuple[Any, ...], list[float]]) -> dict[str, list[Any]]:

@@ -28,6 +28,7 @@ from shipworthy.stores.lake.schema import (
     FEEDBACK,
     INFERENCES,
     MINUTES,
+    MIRRORS,
     TABLES,
     Table,
 )
@@ -50,6 +51,7 @@ DERIVED = {
         "request_text": "decode(request, 'replace')",
         "response_text": "decode(response, 'replace')",
     },
+    MIRRORS.name: {"response_text": "decode(response, 'replace')"},
     MINUTES.name: {"bucket_seconds": f"exp((bucket + 0.5) / {BUCKETS_PER_E})"},
 }
 """Columns that the views have beyond the tables', by table."""

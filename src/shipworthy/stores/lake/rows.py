@@ -11,14 +11,16 @@ from typing import Any
 import msgspec
 from arro3.core import Array, DataType, Field, RecordBatch, Schema
 
+from shipworthy.domain.erasure import asked_at
 from shipworthy.domain.lifecycle import Decision
-from shipworthy.domain.records import FeedbackRecord, InferenceRecord, Record
+from shipworthy.domain.records import FeedbackRecord, InferenceRecord, MirrorRecord, Record
 from shipworthy.stores.lake.minutes import count_minutes
 from shipworthy.stores.lake.schema import (
     DECISIONS,
     FEEDBACK,
     INFERENCES,
     MINUTES,
+    MIRRORS,
     Column,
     Table,
     Type,
@@ -47,11 +49,15 @@ def rows_of(records: Iterable[Record]) -> dict[Table, RecordBatch]:
     """The rows of each table that these records have any for. Raises Unfit."""
     inferences: list[InferenceRecord] = []
     feedback: list[FeedbackRecord] = []
+    mirrors: list[MirrorRecord] = []
     for record in records:
-        if isinstance(record, InferenceRecord):
-            inferences.append(record)
-        elif isinstance(record, FeedbackRecord):
-            feedback.append(record)
+        match record:
+            case InferenceRecord():
+                inferences.append(record)
+            case FeedbackRecord():
+                feedback.append(record)
+            case MirrorRecord():
+                mirrors.append(record)
     rows: dict[Table, RecordBatch] = {}
     try:
         if inferences:
@@ -59,6 +65,8 @@ def rows_of(records: Iterable[Record]) -> dict[Table, RecordBatch]:
             rows[MINUTES] = _batch(MINUTES, count_minutes(inferences))
         if feedback:
             rows[FEEDBACK] = _batch(FEEDBACK, _feedback(feedback))
+        if mirrors:
+            rows[MIRRORS] = _batch(MIRRORS, _mirrors(mirrors))
     except Exception as error:  # whatever the columns make of a value that no gateway writes
         raise Unfit(str(error)) from error
     return rows
@@ -127,6 +135,54 @@ def _inferences(records: Sequence[InferenceRecord]) -> Columns:
         "response_bytes": [record.response_bytes for record in records],
         "request": [record.request for record in records],
         "response": [record.response for record in records],
+        "protocol": [record.protocol for record in records],
+        "operation": [record.operation for record in records],
+        "stream": [record.stream for record in records],
+        "input_tokens": [record.input_tokens for record in records],
+        "output_tokens": [record.output_tokens for record in records],
+        "cached_tokens": [record.cached_tokens for record in records],
+        "tokens_estimated": [record.tokens_estimated for record in records],
+        "cost": [record.cost for record in records],
+        "first_content_seconds": [record.first_content_seconds for record in records],
+        "gap_seconds": [record.gap_seconds for record in records],
+        "longest_gap_seconds": [record.longest_gap_seconds for record in records],
+        "finish": [record.finish for record in records],
+        "features": [
+            _json.encode(record.features).decode() if record.features else None
+            for record in records
+        ],
+        "request_digest": [record.request_digest for record in records],
+        "response_digest": [record.response_digest for record in records],
+        "redacted": [record.redacted for record in records],
+    }
+
+
+def _mirrors(records: Sequence[MirrorRecord]) -> Columns:
+    times = [record.at for record in records]
+    return {
+        "day": _days(times),
+        "time": times,
+        "id": [record.id for record in records],
+        "inference": [record.inference for record in records],
+        "asked": [asked_at(record) for record in records],
+        "plan": [record.plan for record in records],
+        "model": [record.model for record in records],
+        "release": [record.release for record in records],
+        "compared_with": [record.compared_with for record in records],
+        "outcome": [record.outcome for record in records],
+        "reason": [record.reason for record in records],
+        "status": [record.status for record in records],
+        "seconds": [record.seconds for record in records],
+        "agrees": [record.agrees for record in records],
+        "difference": [record.difference for record in records],
+        "input_tokens": [record.input_tokens for record in records],
+        "output_tokens": [record.output_tokens for record in records],
+        "cost": [record.cost for record in records],
+        "response_bytes": [record.response_bytes for record in records],
+        "response": [record.response for record in records],
+        "response_digest": [record.response_digest for record in records],
+        "unit": [record.unit for record in records],
+        "redacted": [record.redacted for record in records],
     }
 
 
@@ -137,7 +193,7 @@ def _feedback(records: Sequence[FeedbackRecord]) -> Columns:
         "time": times,
         "id": [record.id for record in records],
         "inference": [record.inference for record in records],
-        "asked": [record.asked_at for record in records],
+        "asked": [asked_at(record) for record in records],
         "kind": [record.kind for record in records],
         "name": [record.name for record in records],
         "value": [_json.encode(record.value).decode() for record in records],

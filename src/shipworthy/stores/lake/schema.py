@@ -73,6 +73,22 @@ INFERENCES = Table(
         Column("response_bytes", "long"),
         Column("request", "binary", personal=True),
         Column("response", "binary", personal=True),
+        Column("protocol", "string"),
+        Column("operation", "string"),
+        Column("stream", "boolean"),
+        Column("input_tokens", "long"),
+        Column("output_tokens", "long"),
+        Column("cached_tokens", "long"),
+        Column("tokens_estimated", "boolean"),
+        Column("cost", "double"),
+        Column("first_content_seconds", "double"),
+        Column("gap_seconds", "double"),
+        Column("longest_gap_seconds", "double"),
+        Column("finish", "string"),
+        Column("features", "string", personal=True),  # a JSON object of numbers and strings
+        Column("request_digest", "string", personal=True),  # whoever guesses a body can prove it
+        Column("response_digest", "string", personal=True),
+        Column("redacted", "long"),
     ),
 )
 
@@ -92,6 +108,35 @@ FEEDBACK = Table(
         Column("assigned", "string"),
         Column("trusted", "boolean"),
         Column("key", "string"),
+    ),
+)
+
+MIRRORS = Table(
+    "mirrors",
+    (
+        DAY,
+        Column("time", "timestamp"),
+        Column("id", "string", personal=True),
+        Column("inference", "string", personal=True),
+        Column("asked", "timestamp"),  # when the inference was
+        Column("plan", "string"),
+        Column("model", "string"),
+        Column("release", "string"),
+        Column("compared_with", "string"),
+        Column("outcome", "string"),
+        Column("reason", "string"),
+        Column("status", "long"),
+        Column("seconds", "double"),
+        Column("agrees", "boolean"),
+        Column("difference", "string", personal=True),  # it may name a field as the client did
+        Column("input_tokens", "long"),
+        Column("output_tokens", "long"),
+        Column("cost", "double"),
+        Column("response_bytes", "long"),
+        Column("response", "binary", personal=True),
+        Column("response_digest", "string", personal=True),
+        Column("unit", "string", personal=True),
+        Column("redacted", "long"),
     ),
 )
 
@@ -130,10 +175,13 @@ MINUTES = Table(
         Column("seconds", "double"),  # the sum
         Column("request_bytes", "long"),
         Column("response_bytes", "long"),
+        Column("input_tokens", "long"),
+        Column("output_tokens", "long"),
+        Column("cost", "double"),
     ),
 )
 
-TABLES = (INFERENCES, FEEDBACK, DECISIONS, MINUTES)
+TABLES = (INFERENCES, FEEDBACK, MIRRORS, DECISIONS, MINUTES)
 BUCKETS_PER_E = 20
 """Latency buckets for each factor of e."""
 SHORTEST = 1e-6

@@ -35,7 +35,7 @@ from shipworthy.errors import Unavailable
 from shipworthy.stores.lake.folding import folded
 from shipworthy.stores.lake.inventory import literal_glob
 from shipworthy.stores.lake.lasting import sync_commits
-from shipworthy.stores.lake.schema import FEEDBACK, INFERENCES, MINUTES, Table
+from shipworthy.stores.lake.schema import FEEDBACK, INFERENCES, MINUTES, MIRRORS, Table
 
 TARGET_BYTES = 128 * 1024 * 1024
 """Size of file that compaction aims at."""
@@ -51,7 +51,7 @@ _PROPERTIES = {
 }
 _UNNAMABLE = re.compile(r"[\[\]^|\\\x00-\x1f\x7f]|%[0-9A-Fa-f]{2}")
 """What delta-rs ends the process for, or takes for the path of another folder."""
-_ABOUT = {INFERENCES: "time", FEEDBACK: "asked"}
+_ABOUT = {INFERENCES: "time", FEEDBACK: "asked", MIRRORS: "asked"}
 """The tables that know of units, and the column with the time of the request in question."""
 
 

@@ -42,7 +42,7 @@ READERS_SECONDS = 300.0
 """How long whoever reads a table may need the files that it began with, at most."""
 _DECISIONS, _UNITS = 1_000, 100  # at a time
 _PUT_OFF = 600.0  # seconds until upkeep that failed is tried again
-_BATCHED = (schema.INFERENCES, schema.FEEDBACK, schema.MINUTES)
+_BATCHED = (schema.INFERENCES, schema.FEEDBACK, schema.MIRRORS, schema.MINUTES)
 DECISIONS_WRITER = "decisions"
 """Whose transactions the table of decisions numbers: by the ledger's sequence."""
 
