@@ -24,6 +24,7 @@ from shipworthy.protocols.messages import (
 from shipworthy.protocols.packed import Packed
 from shipworthy.protocols.values import (
     DATA_ERRORS,
+    INT64,
     ContractViolation,
     check_64_bits,
     check_nesting,
@@ -273,11 +274,7 @@ def _check_tensors(
             raise ContractViolation(f"{kind}[{index}].name: {quoted(tensor.name)} is given twice")
         field = f"{kind}[{index}]"
         _check_declaration(field, tensor, expected)
-        data: Any
-        if isinstance(tensor, PackedTensor):
-            data = _packed(field, tensor, expected.datatype)
-        else:
-            data = _values(f"{field}.data", tensor, expected.datatype)
+        data = _values(field, tensor, expected.datatype)
         seen[tensor.name] = TensorValues(tensor.name, expected.datatype, tensor.shape, data)
     for name in required:
         if name not in seen:
@@ -327,8 +324,11 @@ def _one_batch(tensors: Sequence[TensorMessage], declared: Mapping[str, Tensor])
 # --- data ---------------------------------------------------------------------------------------
 
 
-def _values(field: str, tensor: TensorMessage, datatype: Datatype) -> list[Any]:
-    """The data as a flat or nested list, checked against type, range and shape."""
+def _values(field: str, tensor: TensorMessage, datatype: Datatype) -> list[Any] | Packed:
+    """The data as a flat or nested list, or packed, checked against type, range and shape."""
+    if type(tensor) is PackedTensor:
+        return _packed(field, tensor, datatype)
+    field += ".data"
     depth = 1
     try:
         try:
@@ -347,7 +347,7 @@ def _values(field: str, tensor: TensorMessage, datatype: Datatype) -> list[Any]:
             f"{field}: expected {shortened(str(math.prod(tensor.shape)))} values for shape"
             f" {shortened(str(list(tensor.shape)))}, got {len(values)}"
         )
-    if datatype in ("INT64", "UINT64"):
+    if datatype in INT64:
         check_64_bits(field, values, datatype)
     return values
 

@@ -62,7 +62,8 @@ WANTED: Final[dict[str, str]] = {
     "BYTES": "a string",
 }
 """What a message of ours calls it."""
-_INT64: Final = {"UINT64": (0, 2**64 - 1), "INT64": (-(2**63), 2**63 - 1)}
+INT64: Final = {"UINT64": (0, 2**64 - 1), "INT64": (-(2**63), 2**63 - 1)}
+"""The types that msgspec can't bound: `check_64_bits` does."""
 
 
 DATA_ERRORS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -115,9 +116,9 @@ def _find_misfit(field: str, values: list[Any], shape: tuple[int, ...]) -> None:
 
 def check_64_bits(field: str, values: list[Any], datatype: str) -> None:
     """ContractViolation for the first integer beyond 64 bits, which msgspec can't bound."""
-    if datatype not in _INT64:
+    if datatype not in INT64:
         return
-    low, high = _INT64[datatype]
+    low, high = INT64[datatype]
     if values and isinstance(values[0], int) and low <= min(values) and max(values) <= high:
         return
     for index, value in enumerate(values):
