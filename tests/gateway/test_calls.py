@@ -179,7 +179,6 @@ async def test_invalid_calls_name_the_field_and_go_nowhere(worker, model, body, 
     ("headers", "status", "says"),
     [
         ({"Content-Encoding": "gzip"}, 415, "compressed"),
-        ({"Inference-Header-Content-Length": "10"}, 400, "binary tensor data"),
         ({"X-Shipworthy-Deadline": "soon"}, 400, "X-Shipworthy-Deadline"),
         ({"X-Shipworthy-Deadline": "-1"}, 400, "X-Shipworthy-Deadline"),
         ({"X-Shipworthy-Deadline": "nan"}, 400, "X-Shipworthy-Deadline"),

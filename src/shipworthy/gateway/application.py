@@ -15,7 +15,13 @@ from shipworthy.domain.keys import hash_key, key_id
 from shipworthy.domain.plan import Key
 from shipworthy.gateway.access_log import plain_line
 from shipworthy.gateway.connection import Connections
-from shipworthy.gateway.dialects import LanguageAsk, TensorAsk, language_error
+from shipworthy.gateway.dialects import (
+    LanguageAsk,
+    ScoringAsk,
+    TensorAsk,
+    language_error,
+    scoring_error,
+)
 from shipworthy.gateway.feedback import FeedbackDoor
 from shipworthy.gateway.http import CLOSE, RETRY, Answer, Handler, Refusal, Request, plain_error
 from shipworthy.gateway.inference import InferenceDoor
@@ -31,6 +37,7 @@ _access = logging.getLogger("shipworthy.gateway.access")
 _TENSORS: Final = re.compile(
     r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?(?P<rest>/ready|/infer)?"
 )
+_SCORING: Final = re.compile(r"/models/(?P<name>[^/]+)/invocations")
 _LANGUAGE: Final[dict[str, Operation]] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
@@ -96,6 +103,8 @@ class Application:
         operation = _LANGUAGE.get(path)
         if operation is not None or path.startswith(_MODELS):
             request.shape = language_error
+        elif path.startswith("/models/"):
+            request.shape = scoring_error
         opened = self._open_doors.get(path)
         if opened is not None:
             _only(request, "GET", "HEAD")
@@ -108,6 +117,11 @@ class Application:
         tensors = _TENSORS.fullmatch(path)
         if tensors is not None:
             return self._tensors(request, key, tensors)
+        scoring = _SCORING.fullmatch(path)
+        if scoring is not None:
+            _only(request, "POST")
+            request.limit = self._options.max_body
+            return partial(self._score, key=key, live=self._plan(scoring["name"], key))
         if path == "/v1/feedback":
             _only(request, "POST")
             request.limit = self._options.max_feedback
@@ -170,6 +184,11 @@ class Application:
     ) -> Answer | None:
         return await self._inference.infer(request, key, live, pinned, TensorAsk)
 
+    async def _score(self, request: Request, *, key: Key, live: LivePlan) -> Answer | None:
+        return await self._inference.infer(
+            request, key, live, None, partial(ScoringAsk, public=live.stable)
+        )
+
     async def _take_feedback(self, request: Request, *, key: Key) -> Answer:
         try:
             return self._feedback.take(request, key)
@@ -183,6 +202,10 @@ class Application:
             return Answer(200, openai.model_document(*_described(live)))
         callable_ = [live for live in self._fleet.plans.values() if key.may_call(live.plan.name)]
         return Answer(200, openai.models_list(map(_described, callable_)))
+
+    def close(self) -> None:
+        """Give up what nobody waits for."""
+        self._inference.close()
 
     # --- who may ----------------------------------------------------------------------------
 

@@ -94,14 +94,15 @@ class Attempts:
             if first.done() or second in (None, endpoint) or not call.live.hedges.spend():
                 return await first
             assert second is not None  # noqa: S101  # as was just asked
-            self._metrics.hedges.labels(call.live.plan.name).inc()
             other = asyncio.ensure_future(self._ask(call, arm, second, ask))
             tasks.add(other)
             done, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if left and not any(task.result().answered for task in done):
                 done, left = await asyncio.wait(tasks)
             given = [task.result() for task in (first, other) if task in done]
-            return next((one for one in given if one.answered), given[0])
+            best = next((one for one in given if one.answered), given[0])
+            self._metrics.hedged(call.live.plan.name, won=best.endpoint is second)
+            return best
         finally:
             for task in tasks:
                 task.cancel()
@@ -111,6 +112,8 @@ class Attempts:
             outgoing = ask.outgoing(arm, call)
         except InvalidMessage as problem:
             return _none(Reason.NARROWED_CONTRACT, str(problem))
+        if arm.speech.wanted:
+            self._upstream.learn(endpoint, arm.speech)
         limits = call.live.plan.deadlines
         left = call.deadline - self._monotonic()
         clients = call.deadline == call.patience and left < limits.attempt

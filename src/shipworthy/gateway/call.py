@@ -8,6 +8,7 @@ from typing import Final, Literal, Protocol
 import msgspec
 
 from shipworthy.domain.contract import Protocol as WireProtocol
+from shipworthy.domain.features import Features
 from shipworthy.domain.plan import Key
 from shipworthy.domain.records import Outcome
 from shipworthy.domain.routing import ArmName, Choice
@@ -138,6 +139,10 @@ class Ask(Protocol):
 
     def reader(self, arm: LiveArm, call: Call) -> EventReader:
         """What reads along with its stream. Only for one whose `stream` is true."""
+        ...
+
+    def features(self) -> Features:
+        """Numbers and words of what was asked, and answered if it was, for drift to be found in."""
         ...
 
     def refusal(self, reply: Reply) -> Reply | None:

@@ -37,7 +37,11 @@ class Capture:
 
         `digest` is that of the whole answer where `response` is its beginning only.
         """
-        record = self._record(call, status, response, seconds, digest)
+        try:
+            record = self._record(call, status, response, seconds, digest)
+        except BaseException:
+            _settle(call)
+            raise
         try:
             written = self._journal.append(record)
         except Exception:  # noqa: BLE001  # capture never hurts serving
@@ -51,9 +55,7 @@ class Capture:
             self._failing = not written
             _log.warning("records are written again" if written else "records are being dropped")
         self._count(call, record)
-        if call.admission is not None:
-            tokens = (record.input_tokens or 0) + (record.output_tokens or 0)
-            call.admission.settle(tokens, record.cost or 0.0)
+        _settle(call)
         if call.context is not None and self._export is not None:
             self._export(record, call.context)
         if self._access_log:
@@ -71,6 +73,8 @@ class Capture:
             metrics.tokens(
                 plan, usage.input_tokens or 0, usage.output_tokens or 0, record.cost or 0.0
             )
+        if record.redacted:
+            metrics.redacted(plan, "any", record.redacted)
         if record.first_content_seconds is not None:
             metrics.stream(plan, record.first_content_seconds, record.gap_seconds)
 
@@ -85,13 +89,19 @@ class Capture:
         request: bytes | None = None
         answer: bytes | None = None
         request_digest: str | None = None
+        redacted = 0
         if keeps:
             limit = rules.max_bytes
-            body = call.request.body
-            request, answer = body[:limit], response[:limit]
+            body, redactor = call.request.body, call.live.redactor
+            if redactor:
+                request, some = redactor.redact(body, limit)
+                answer, more = redactor.redact(response, limit)
+                redacted = some + more
+            else:
+                request, answer = body[:limit], response[:limit]
             if len(body) > limit:
                 request_digest = hashlib.sha256(body).hexdigest()
-            if len(response) > limit:
+            if digest is None and len(response) > limit:
                 digest = hashlib.sha256(response).hexdigest()
         serving = call.serving
         return InferenceRecord(
@@ -135,4 +145,14 @@ class Capture:
             finish=usage.finish if usage else "",
             request_digest=request_digest,
             response_digest=digest if keeps else None,
+            redacted=redacted,
+            features=ask.features() if ask is not None and rules.features else {},
         )
+
+
+def _settle(call: Call) -> None:
+    """Count what was used in place of what was reserved."""
+    if call.admission is not None:
+        usage = call.usage
+        tokens = (usage.input_tokens or 0) + (usage.output_tokens or 0) if usage else 0
+        call.admission.settle(tokens, call.cost or 0.0)

@@ -14,6 +14,7 @@ from shipworthy.gateway.failures import GONE, RETRIED, STATUS, TEXT
 from shipworthy.gateway.http import RETRY, Answer, ClientGone, HeaderList, Refusal, Request
 from shipworthy.gateway.limits import Denial, LimitBook
 from shipworthy.gateway.live import LiveArm, LivePlan
+from shipworthy.gateway.mirrors import Mirrors
 from shipworthy.gateway.parts import Parts
 from shipworthy.gateway.streams import Given, Streams
 from shipworthy.gateway.upstream import Reply
@@ -38,8 +39,13 @@ class InferenceDoor:
         self._monotonic = parts.outside.monotonic
         self._uniform = parts.outside.uniform
         self._capture = Capture(parts)
+        self._mirrors = Mirrors(parts)
         self._attempts = Attempts(parts)
         self._streams = Streams(parts, self._capture)
+
+    def close(self) -> None:
+        """Give up what nobody waits for."""
+        self._mirrors.close()
 
     async def infer(
         self, request: Request, key: Key, live: LivePlan, pinned: LiveArm | None, read: Read
@@ -72,9 +78,12 @@ class InferenceDoor:
             self._write(call, 500, b"")
             raise
         if answer is None:
+            self._mirrors.consider(call, None)
             return None
         answer.headers.extend(_told(call))
         self._write(call, answer.status, answer.body)
+        if call.attempts:
+            self._mirrors.consider(call, answer.body)
         return answer
 
     def _assign(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from shipworthy.domain.contract import Protocol
 from shipworthy.domain.plan import Arm, Endpoint, Plan, Snapshot
+from shipworthy.domain.redaction import Redactor
 from shipworthy.domain.routing import ArmName
 from shipworthy.gateway.credentials import resolve
 from shipworthy.gateway.options import GatewayOptions
 from shipworthy.gateway.shield import Breaker, Budget, Gate
-from shipworthy.gateway.upstream import EndpointState
+from shipworthy.gateway.upstream import EndpointState, Speech
+from shipworthy.protocols.mlflow import Scoring
 from shipworthy.protocols.oip import ContractChecker
 
 _T = TypeVar("_T")
@@ -23,7 +26,12 @@ class LiveArm:
     """An arm with its checker, its endpoints' state and the gate in front of them."""
 
     def __init__(
-        self, name: ArmName, arm: Arm, endpoints: tuple[EndpointState, ...], gate: Gate
+        self,
+        name: ArmName,
+        arm: Arm,
+        endpoints: tuple[EndpointState, ...],
+        gate: Gate,
+        speech: Speech,
     ) -> None:
         self.name: ArmName = name
         self.arm = arm
@@ -31,11 +39,17 @@ class LiveArm:
         self.endpoints = endpoints
         self.gate = gate
         self.infer_path = f"/v2/models/{quote(arm.served_model, safe='')}/infer"
+        self.speech = speech
         self.repeatable = arm.contract.side_effects == "none"
         self.headers = [
             (b"x-shipworthy-release", arm.release.encode()),
             (b"x-shipworthy-digest", arm.digest.encode()),
         ]
+
+    @cached_property
+    def scoring(self) -> Scoring:
+        """The contract, made ready for MLflow's scoring."""
+        return Scoring(self.arm.contract)
 
     @property
     def ready(self) -> bool:
@@ -50,12 +64,14 @@ class LivePlan:
     attempts, so that equal endpoints take turns.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # all that a plan is obeyed with
         self,
         plan: Plan,
         stable: LiveArm,
         candidate: LiveArm | None,
+        mirror: LiveArm | None,
         *,
+        redactor: Redactor,
         breaker: Breaker,
         fallbacks: Budget,
         retries: Budget,
@@ -64,6 +80,8 @@ class LivePlan:
         self.plan = plan
         self.stable = stable
         self.candidate = candidate
+        self.mirror = mirror
+        self.redactor = redactor
         self.same_contract = candidate is None or candidate.arm.contract == stable.arm.contract
         self.breaker = breaker
         self.fallbacks = fallbacks
@@ -111,11 +129,14 @@ class Fleet:
         broken = (shield.breaker_window, shield.breaker_failures, shield.breaker_seconds)
         back = (shield.fallback_ratio, shield.fallback_burst)
         again = (shield.retry_ratio, shield.retry_burst)
+        redaction = (plan.capture.redact, plan.capture.redact_fields)
         twice = (plan.hedge.ratio if plan.hedge else 0.0, _HEDGE_BURST)
         return LivePlan(
             plan,
             self._arm(plan, "stable", plan.stable),
             plan.candidate and self._arm(plan, "candidate", plan.candidate),
+            plan.mirror and self._arm(plan, "candidate", plan.mirror.arm),
+            redactor=self._keep(("redactor", *redaction), lambda: Redactor(*redaction)),
             breaker=self._keep(
                 ("breaker", name, plan.rollout, tried, broken), lambda: Breaker(*broken)
             ),
@@ -133,7 +154,8 @@ class Fleet:
         gate = self._keep(
             ("gate", plan.name, arm.digest, limit), lambda: Gate(limit, self._options.max_queued)
         )
-        return LiveArm(name, arm, endpoints, gate)
+        speech = self._keep(("speech", arm.digest), Speech)
+        return LiveArm(name, arm, endpoints, gate, speech)
 
     def _endpoint(self, endpoint: Endpoint, protocol: Protocol) -> EndpointState:
         secret = resolve(endpoint.credential)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shipworthy.domain.plan import Snapshot
+from msgspec import structs
+
+from shipworthy.domain.plan import Limits, Plan, Snapshot
 from shipworthy.domain.records import InferenceRecord
 from shipworthy.gateway.http import BodyMemory
 from shipworthy.gateway.limits import LimitBook
@@ -71,7 +73,7 @@ def assemble(
 
     def obey(snapshot: Snapshot) -> None:
         if limits is not None:
-            limits.obey(snapshot)
+            limits.obey(_with_mirrors(snapshot))
         fleet.obey(snapshot)
 
     return Parts(
@@ -93,3 +95,14 @@ def assemble(
         memory=BodyMemory(options.max_buffered),
         limits=limits,
     )
+
+
+def mirror_plan(plan: Plan) -> Plan:
+    """What bounds a plan's copies: a plan of their own, which nobody can call."""
+    budget = plan.mirror.budget_per_day if plan.mirror else None
+    return structs.replace(plan, name=f"{plan.name} mirror", limits=Limits(budget_per_day=budget))
+
+
+def _with_mirrors(snapshot: Snapshot) -> Snapshot:
+    mirrors = map(mirror_plan, (plan for plan in snapshot.plans.values() if plan.mirror))
+    return structs.replace(snapshot, plans=snapshot.plans | {plan.name: plan for plan in mirrors})

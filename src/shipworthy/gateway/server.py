@@ -33,6 +33,7 @@ from shipworthy.gateway.upstream import Upstream
 _log = logging.getLogger("shipworthy.gateway")
 
 _BACKLOG = 2048
+_LINGER_SECONDS = 1.0
 _OWN_DESCRIPTORS = 64  # journal, snapshot, listener, event loop, health probes
 
 Ready = Callable[[str, int], None]
@@ -90,6 +91,7 @@ async def serve(
                 await ending.wait()
                 application.draining = connections.draining = True
                 await asyncio.sleep(options.unready_seconds)
+        application.close()
 
 
 def _with_descriptors(options: GatewayOptions) -> GatewayOptions:
@@ -167,13 +169,18 @@ async def _listening(
 
 
 async def _drain(connections: Connections, seconds: float) -> None:
-    """Let requests under way finish for so long, then end them; they still get an answer."""
+    """Let requests under way finish for so long, then end them; they still get an answer.
+
+    Clients that keep a connection have a moment to use it once more, and are told then that it
+    ends: closing it at once would break the request that is on its way.
+    """
     connections.draining = True
-    for connection in list(connections.open):
-        connection.shutdown()
-    end = time.monotonic() + seconds
-    while connections.open and time.monotonic() < end:  # noqa: ASYNC110  # nobody tells of each end
+    begun = time.monotonic()
+    while connections.open and time.monotonic() < begun + seconds:
         await asyncio.sleep(0.02)
+        if time.monotonic() > begun + _LINGER_SECONDS:
+            for connection in list(connections.open):
+                connection.shutdown()
     tasks = list(connections.tasks)
     if tasks:
         _log.warning("%d requests did not end in %g s and are cut off", len(tasks), seconds)
@@ -195,6 +202,8 @@ async def _each_second(
     loop = asyncio.get_running_loop()
     while True:
         heartbeat()
+        parts.metrics.snapshot_age.set(parts.follower.age())
+        parts.metrics.connections.set(len(connections.open))
         parts.metrics.settle()
         parts.fleet.sweep(loop.time())
         if secure is not None:

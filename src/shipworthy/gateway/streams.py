@@ -13,12 +13,11 @@ from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
-from shipworthy.domain.plan import Capture as CaptureRules
 from shipworthy.gateway.call import Ask, Call, EventReader, Timing
 from shipworthy.gateway.capture import Capture
 from shipworthy.gateway.failures import GONE, TEXT
 from shipworthy.gateway.http import ClientGone, HeaderList, Request
-from shipworthy.gateway.live import LiveArm
+from shipworthy.gateway.live import LiveArm, LivePlan
 from shipworthy.gateway.parts import Parts
 from shipworthy.gateway.upstream import EndpointState, Outgoing, Reply, Upstream, reply_of, reply_to
 from shipworthy.gateway.wire import TooLate, Wire, WireError
@@ -27,6 +26,7 @@ from shipworthy.protocols.openai import Seen
 from shipworthy.protocols.outcomes import Reason
 
 _EVENT_STREAM: Final = b"text/event-stream"
+_BEYOND: Final = 8192
 _ENDING: Final = "the gateway is ending; ask again"
 
 
@@ -213,7 +213,7 @@ class Streams:
     ) -> None:
         """Send the stream to its end, whatever that is; its record is written just before."""
         client = request.connection
-        kept = Kept(call.live.plan.capture)
+        kept = Kept(call.live)
         reason: Reason | None = None
         try:
             client.begin_stream(request, headers, content_type)
@@ -283,10 +283,12 @@ class Digest(Protocol):
 class Kept:
     """What is kept of a stream as it passes: its beginning, its size, and a digest if it is cut."""
 
-    def __init__(self, capture: CaptureRules) -> None:
+    def __init__(self, live: LivePlan) -> None:
+        rules = live.plan.capture
         self.size = 0
-        self._keeps = capture.payloads != "none"
-        self._limit = capture.max_bytes
+        self._keeps = rules.payloads != "none"
+        # What begins before the limit may have to be replaced as a whole.
+        self._limit = rules.max_bytes + (_BEYOND if live.redactor else 0)
         self._parts: list[bytes] = []
         self._held = 0
         self._hash: Digest | None = None

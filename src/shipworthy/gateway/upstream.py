@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import msgspec
 
@@ -23,6 +23,7 @@ from shipworthy.gateway.wire import (
     Wire,
     WireError,
 )
+from shipworthy.protocols.oip_binary import speaks_binary
 from shipworthy.protocols.outcomes import Reason, reason_of_status
 
 _log = logging.getLogger("shipworthy.gateway")
@@ -75,6 +76,18 @@ class Reply(msgspec.Struct, frozen=True):
     extra: tuple[tuple[bytes, bytes], ...] = ()
 
 
+class Speech:
+    """What the servers of a release were found to understand beyond the least.
+
+    `binary` are tensors in binary; `wanted` says that it matters, and nobody has asked yet.
+    """
+
+    __slots__ = ("asked", "binary", "wanted")
+
+    def __init__(self) -> None:
+        self.binary = self.wanted = self.asked = False
+
+
 class EndpointState:
     """One server as this worker knows it: calls under way, failures in a row, whether set aside."""
 
@@ -124,6 +137,10 @@ class EndpointState:
     def health_message(self) -> bytes:
         """How its health is asked for."""
         return self._head("GET", _HEALTH[self._protocol]) + b"\r\n"
+
+    def metadata_message(self) -> bytes:
+        """How it is asked which extensions it speaks."""
+        return self._head("GET", "/v2") + b"\r\n"
 
     def _head(self, method: str, path: str) -> bytes:
         origin = self.pool.origin
@@ -259,13 +276,29 @@ class Upstream:
         )
         return wire
 
+    def learn(self, endpoint: EndpointState, speech: Speech) -> None:
+        """Find out, behind what is going on, which extensions a release's servers speak."""
+        if not speech.asked:
+            speech.asked = True
+            self._in_background(self._asked_for_speech(endpoint, speech))
+
+    async def _asked_for_speech(self, endpoint: EndpointState, speech: Speech) -> None:
+        wire = await self._got(endpoint, endpoint.metadata_message())
+        if wire is not None and wire.status == 200:
+            speech.binary = speaks_binary(wire.body())
+        speech.wanted = False
+        speech.asked = wire is not None
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._probes.add(task)
+        task.add_done_callback(self._probes.discard)
+
     def finish(self, endpoint: EndpointState, wire: Wire) -> None:
         """Let an answer whose last word is known end, so that its connection can be used again."""
         if wire.lost:
             return
-        task = asyncio.get_running_loop().create_task(_finished(endpoint, wire))
-        self._probes.add(task)
-        task.add_done_callback(self._probes.discard)
+        self._in_background(_finished(endpoint, wire))
 
     def note(self, endpoint: EndpointState, reason: Reason) -> None:
         """Count how an attempt ended; enough failures in a row set the endpoint aside."""
@@ -285,9 +318,7 @@ class Upstream:
     def _set_aside(self, endpoint: EndpointState, pause: float) -> None:
         _log.warning("endpoint %s keeps failing and is set aside for %g s", endpoint.url, pause)
         self._ejected(endpoint.url)
-        probe = asyncio.get_running_loop().create_task(self._readmit(endpoint, pause))
-        self._probes.add(probe)
-        probe.add_done_callback(self._probes.discard)
+        self._in_background(self._readmit(endpoint, pause))
 
     async def _readmit(self, endpoint: EndpointState, pause: float) -> None:
         """Ask for its health until it has some, then take it back."""
@@ -299,14 +330,20 @@ class Upstream:
 
     async def _healthy(self, endpoint: EndpointState) -> bool:
         """Whether it answers at all; a server without a health route is well if it says so."""
+        wire = await self._got(endpoint, endpoint.health_message())
+        return wire is not None and wire.status < 500
+
+    @staticmethod
+    async def _got(endpoint: EndpointState, message: bytes) -> Wire | None:
+        """A small answer's connection, already given back; None without an answer."""
         deadline = asyncio.get_running_loop().time() + _PROBE_SECONDS
         try:
             wire = await endpoint.pool.take(_PROBE_SECONDS)
-            await wire.ask(endpoint.health_message(), limit=1024 * 1024, deadline=deadline)
+            await wire.ask(message, limit=1024 * 1024, deadline=deadline)
         except WireError:
-            return False
+            return None
         endpoint.pool.give_back(wire)
-        return wire.status < 500
+        return wire
 
 
 async def _finished(endpoint: EndpointState, wire: Wire) -> None:

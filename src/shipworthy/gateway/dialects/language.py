@@ -8,6 +8,7 @@ import msgspec
 
 from shipworthy.domain.contract import OPERATIONS, Operation
 from shipworthy.domain.contract import Protocol as WireProtocol
+from shipworthy.domain.features import Features, features_of_text
 from shipworthy.gateway.call import Call, EventReader, Usage
 from shipworthy.gateway.upstream import Outgoing, Reply
 from shipworthy.protocols.events import error_event
@@ -48,7 +49,7 @@ class LanguageAsk:
 
     protocol: WireProtocol = "openai"
     open_ended = True
-    __slots__ = ("_body", "operation", "said", "stream", "unit")
+    __slots__ = ("_body", "finish", "operation", "output_bytes", "said", "stream", "unit")
 
     def __init__(self, operation: Operation, body: bytes) -> None:
         self._body = body
@@ -56,6 +57,8 @@ class LanguageAsk:
         self.said = read_request(operation, body)
         self.stream = self.said.stream
         self.unit = self.said.user
+        self.output_bytes = 0
+        self.finish = ""
 
     @property
     def input_tokens(self) -> int:
@@ -101,7 +104,8 @@ class LanguageAsk:
             reason = Reason.ERROR_EVENT if error else Reason.BROKEN
             return Reply(reason, reply.status, detail=answered.problem)
         given = answered.usage
-        output = answered.output_text_bytes
+        output = self.output_bytes = answered.output_text_bytes
+        self.finish = answered.finish
         call.usage = Usage(
             input_tokens=given.input if given else self.read_by(arm),
             output_tokens=given.output if given else estimate_tokens(output),
@@ -118,6 +122,17 @@ class LanguageAsk:
     def reader(self, arm: LiveArm, call: Call) -> EventReader:
         """What reads along with its stream."""
         return _Reader(self, arm, call)
+
+    def features(self) -> Features:
+        """What can be told without reading the text."""
+        said = self.said
+        return features_of_text(
+            messages=said.messages,
+            input_bytes=said.text_bytes,
+            output_bytes=self.output_bytes,
+            tools=int(said.tools),
+            finish=self.finish,
+        )
 
     def refusal(self, reply: Reply) -> Reply | None:
         """What the server says of an input, word for word."""
@@ -168,6 +183,7 @@ class _Reader:
     def usage(self) -> Usage:
         """What was used so far."""
         reader, given = self._reader, self._reader.usage
+        self._ask.output_bytes, self._ask.finish = reader.output_text_bytes, reader.finish
         if given is not None:
             return Usage(given.input, given.output, given.cached, finish=reader.finish)
         return Usage(
