@@ -14,7 +14,7 @@ from tests.app.test_querying import inference
 from shipworthy.app.erasing import held_of, is_erased, pseudonym_of
 from shipworthy.app.lake_writing import make_writer
 from shipworthy.app.session import Session, open_session
-from shipworthy.domain.records import FeedbackRecord
+from shipworthy.domain.records import FeedbackRecord, MirrorRecord, Outcome
 from shipworthy.gateway.tickets import Pseudonyms
 from shipworthy.stores.journal import JournalWriter
 
@@ -59,6 +59,16 @@ def test_a_unit_is_called_what_the_gateway_calls_it(session: Session, encoding: 
     secret = (session.project.secrets / "pseudonyms").read_bytes()
     typed = os.fsdecode("Jörg".encode(encoding))
     assert pseudonym_of(session.project, typed) == Pseudonyms(secret).of("Jörg")
+
+
+def test_answers_of_mirrored_releases_are_told_too(town: Town, session: Session, held: str) -> None:
+    copy = MirrorRecord(
+        id="m", at=1_790_000_002.0, inference="i1", plan="digits", model="digits",
+        release="digits@2", outcome=Outcome.SUCCESS, unit=held,
+    )  # fmt: skip
+    move(session, copy)
+    said = town.sw("forget", "u", "--show")
+    assert "2 inferences and 1 feedback, and 1 mirrored answer of it" in " ".join(said.split())
 
 
 def test_a_unit_is_forgotten_by_the_lake(town: Town, session: Session, held: str) -> None:

@@ -266,7 +266,7 @@ def _embeddings(ours: list[Any], theirs: list[Any]) -> Verdict:
 def _vector(embedding: Any) -> list[float]:
     """As numbers, or as base64 of 32-bit ones, which clients ask for to save bytes."""
     if isinstance(embedding, str):
-        return _unpacked("FP32", base64.b64decode(embedding))
+        return _unpacked("FP32", base64.b64decode(embedding, validate=True))
     return embedding
 
 

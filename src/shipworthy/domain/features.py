@@ -140,11 +140,9 @@ def _add_value(found: Features, name: str, value: Any) -> None:
 
 def _mean(values: Sequence[Any]) -> float | None:
     """The mean of what is a finite number; None where nothing is."""
-    if values and not isinstance(values[0], (float, int)):
-        return None
     try:
         total = sum(values)
-    except TypeError:  # some have no value
+    except TypeError:  # some have no value, or all are words
         total = float("nan")
     if isfinite(total):
         return total / len(values) if values else None
