@@ -386,20 +386,23 @@ def figures(report: Report, name: str, seen: Seen) -> None:
 
 
 def compare(report: Report, ours: Seen, peers: dict[str, Seen]) -> None:
-    """What ours costs as a share of what each peer does."""
+    """What ours costs as a share of what each peer does, round by round: a noisy one hits both."""
     for name, peer in peers.items():
-        shares: list[str] = []
         pairs = {
-            "cpu": (ours.cpu_us(FIRST), peer.cpu_us(FIRST)),
-            "p50": (ours.of(FIRST, half), peer.of(FIRST, half)),
-            "rps": (ours.of(BUSY, rate), peer.of(BUSY, rate)),
+            "cpu": (ours.cpu[FIRST.name], peer.cpu[FIRST.name]),
+            "p50": tuple([half(one) for one in seen.closed[FIRST.name]] for seen in (ours, peer)),
+            "rps": tuple([rate(one) for one in seen.closed[BUSY.name]] for seen in (ours, peer)),
         }
         if ours.open and peer.open and peer.open[0].rate == RATE:
-            pairs["p99"] = (ours.opened(most), peer.opened(most))
+            pairs["p99"] = tuple([most(one) for one in seen.open] for seen in (ours, peer))
+            added = (ours.opened(most) or 0.0) - (peer.opened(most) or 0.0)
+            report.figure(f"p99_added_ms.{name}", added * 1e3)
+        shares: list[str] = []
         for figure, (mine, theirs) in pairs.items():
             if mine and theirs:
-                report.figure(f"ratio.{figure}.{name}", mine / theirs)
-                shares.append(f"{figure} {mine / theirs:.2g}")
+                share = median(one / other for one, other in zip(mine, theirs, strict=False))
+                report.figure(f"ratio.{figure}.{name}", share)
+                shares.append(f"{figure} {share:.2g}")
         if shares:
             report.note(f"ours / {name}: " + ", ".join(shares))
 

@@ -111,7 +111,8 @@ class Wrk:
         )
         _, mark, said = done.stdout.rpartition(_MARK)
         if done.returncode or not mark:
-            raise Unusable(f"wrk ended with {done.returncode}: {done.stderr or done.stdout}")
+            problem = (done.stderr or done.stdout).strip()
+            raise Unusable(f"wrk ended with {done.returncode}: {problem}")
         closed = msgspec.json.decode(said, type=Closed)
         if closed.failed or closed.broken or not closed.requests:
             message = (
