@@ -530,8 +530,8 @@ class ClientConnection(asyncio.Protocol):
     # --- endings ----------------------------------------------------------------------------
 
     def shutdown(self) -> None:
-        """End now if idle, else after the answer that is under way."""
-        if self._answering is None:
+        """End now if idle, else after the answer to what is there or on its way."""
+        if self._answering is None and self._receiving is None and not self._line:
             self._transport.close()
 
     def end(self) -> None:
