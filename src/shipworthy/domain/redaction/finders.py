@@ -92,8 +92,7 @@ _AFTER_SHORT_WORD = re.compile("(?<![a-z])" + _any_of(_SHORT_PHONE_WORDS) + _NUM
 def phones(text: str) -> Generator[Span]:
     """Numbers in international or a common national form, and plain ones after a word for them."""
     if _may_have_digits(text):
-        for pattern in _PHONES:
-            yield from _plausible(pattern, text, _is_phone)
+        yield from _in_runs(text, _PHONES, _is_phone)
         lower = _lowered(text)
         yield from _at_words(lower, _PHONE_WORDS, _AFTER_PHONE_WORD)
         yield from _at_words(lower, _SHORT_PHONE_WORDS, _AFTER_SHORT_WORD)
@@ -127,7 +126,7 @@ _CARD = re.compile(
 def cards(text: str) -> Generator[Span]:
     """Numbers of payment cards: an issuer's first digits, a usual grouping, a right check digit."""
     if _may_have_digits(text):
-        yield from _plausible(_CARD, text, _is_card)
+        yield from _in_runs(text, (_CARD,), _is_card)
 
 
 def _is_card(found: str) -> bool:
@@ -140,7 +139,7 @@ def _is_card(found: str) -> bool:
 
 # --- iban ---------------------------------------------------------------------------------------
 
-_IBAN_START = re.compile(r"(?<![0-9A-Za-z])[A-Za-z]{2}[0-9]{2}(?=[ \u00a0-]?[0-9A-Za-z]{3})")
+_IBAN_START = re.compile(r"[A-Za-z](?<![0-9A-Za-z].)[A-Za-z][0-9]{2}(?=[ \u00a0-]?[0-9A-Za-z]{3})")
 _IBAN_LENGTHS = {
     length: codes.split()
     for length, codes in {
@@ -297,23 +296,29 @@ def secrets(text: str) -> Generator[Span]:
 
 _DIGITS = re.compile(r"[0-9][^A-Za-z\"]{6}")
 
+_RUN = re.compile("[+(0-9][+0-9 \u00a0\u202f./()\u2010\u2011\u2013-]{6,}+")
+
 
 def _may_have_digits(text: str) -> bool:
     """Whether there are as many digits together as the shortest number has."""
     return _DIGITS.search(text) is not None
 
 
-def _plausible(
-    pattern: re.Pattern[str], text: str, holds: Callable[[str], bool]
+def _in_runs(
+    text: str, patterns: Iterable[re.Pattern[str]], holds: Callable[[str], bool]
 ) -> Generator[Span]:
-    """The matches that hold; one that doesn't may hide another that begins inside it."""
-    found = pattern.search(text)
-    while found:
-        if holds(found[0]):
-            yield found.span()
-            found = pattern.search(text, found.end())
-        else:
-            found = pattern.search(text, found.start() + 1)
+    """The matches that hold, in what consists of digits and what may stand between them."""
+    for run in _RUN.finditer(text):
+        end = run.end() + 2  # a pattern looks at what follows
+        for pattern in patterns:
+            found = pattern.search(text, run.start(), end)
+            while found:
+                held = holds(found[0])
+                if held:
+                    yield found.span()
+                # One that doesn't hold may hide another that begins inside it.
+                at = found.end() if held else found.start() + 1
+                found = pattern.search(text, at, end)
 
 
 def _at_words(lower: str, words: Iterable[str], pattern: re.Pattern[str]) -> Generator[Span]:
