@@ -105,6 +105,80 @@ async def garbage(writer: asyncio.StreamWriter) -> None:
     await writer.drain()
 
 
+async def closing(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+# --- language models --------------------------------------------------------------------------
+
+
+LANGUAGE = Contract(protocol="openai", side_effects="none")
+
+
+def chat_answer(text: str = "hello", **changes: Any) -> bytes:
+    message = {"role": "assistant", "content": text}
+    answer = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "served",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
+    }
+    return msgspec.json.encode({**answer, **changes})
+
+
+def event_of(content: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def chunk(text: str | None = None, *, finish: str | None = None, **changes: Any) -> bytes:
+    """An event of a chat's stream with this text."""
+    delta = {"role": "assistant"} if text is None else {"content": text}
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    event = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "served",
+        "choices": [choice],
+    }
+    return event_of({**event, **changes})
+
+
+DONE = b"data: [DONE]\n\n"
+LAST = chunk("", finish="stop")
+USAGE = chunk(choices=[], usage={"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11})
+
+
+def streaming(
+    *pieces: bytes | float, then: Behaviour | None = None, headers: str = "", chunked: bool = True
+) -> Behaviour:
+    """Send these pieces, with pauses of so many seconds, and end well unless `then` says how."""
+
+    async def behave(writer: asyncio.StreamWriter) -> None:
+        coding = "transfer-encoding: chunked\r\n" if chunked else ""
+        head = f"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n{headers}{coding}\r\n"
+        writer.write(head.encode())
+        for piece in pieces:
+            if isinstance(piece, bytes):
+                writer.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
+                await writer.drain()
+            else:
+                await asyncio.sleep(piece)
+        if then is not None:
+            await then(writer)
+        elif chunked:
+            writer.write(b"0\r\n\r\n")
+
+    return behave
+
+
+def telling(*texts: str) -> Behaviour:
+    """A whole stream with these pieces of content."""
+    return streaming(chunk(), *map(chunk, texts), LAST, DONE)
+
+
 class FakeModel:
     """A model server that records what it gets and does as it is told."""
 
@@ -115,6 +189,9 @@ class FakeModel:
         self.healthy = True
         self.url = ""
         self.open = 0
+        self.hung_up = 0
+        self.connections = 0
+        self.documents: dict[str, bytes] = {}
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -133,30 +210,45 @@ class FakeModel:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self.connections += 1
+        begun = b""
         try:
             while True:
-                await self._one(reader, writer)
+                begun = await self._one(reader, writer, begun)
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
             self._tasks.discard(task)
             writer.transport.abort()
 
-    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    async def _one(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, begun: bytes
+    ) -> bytes:
+        """Answer a request; what has come of the next one by then."""
+        head = (begun + await reader.readuntil(b"\r\n\r\n")).decode()
         got = Received(head.rstrip("\r\n"), b"")
         got.body = await reader.readexactly(int(got.headers.get("content-length", "0")))
         if got.head.startswith("GET"):
             self.health += 1
             status = "200 OK" if self.healthy else "503 Service Unavailable"
-            await responding(b"{}", status)(writer)
-            return
+            await responding(self.documents.get(got.path, b"{}"), status)(writer)
+            return b""
         self.received.append(got)
         self.open += 1
+        behaving = asyncio.ensure_future(self.behave(writer))
+        leaving = asyncio.ensure_future(reader.read(1))
         try:
-            await self.behave(writer)
+            await asyncio.wait({behaving, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done() and not leaving.result():
+                self.hung_up += not behaving.done()
+                raise ConnectionResetError
+            await behaving
+            return leaving.result() if leaving.done() else b""
         finally:
             self.open -= 1
+            behaving.cancel()
+            leaving.cancel()
+            await asyncio.gather(behaving, leaving, return_exceptions=True)
 
 
 class FakeJournal:
@@ -204,6 +296,13 @@ class Reply:
     @property
     def error(self) -> str:
         return self.json["error"]
+
+    @property
+    def events(self) -> list[bytes]:
+        """What a stream said, event by event."""
+        *events, rest = self.body.split(b"\n\n")
+        assert not rest
+        return [event + b"\n\n" for event in events]
 
 
 @dataclass
@@ -267,19 +366,21 @@ class Worker:
             contract=contract,
         )
 
-    def plan(self, *, candidate: bool = False, **changes: Any) -> Plan:
+    def plan(
+        self, *, candidate: bool = False, contract: Contract = CONTRACT, **changes: Any
+    ) -> Plan:
         plan = Plan(
             name="digits",
             model="digits",
             revision=1,
             fence=1,
-            stable=self.arm(1, self.model.url),
+            stable=self.arm(1, self.model.url, contract=contract),
             deadlines=Deadlines(connect=0.5, attempt=1.0, total=3.0),
         )
         if candidate:
             plan = msgspec.structs.replace(
                 plan,
-                candidate=self.arm(2, self.candidate_model.url),
+                candidate=self.arm(2, self.candidate_model.url, contract=contract),
                 weight=10_000,
                 rollout="r-1",
             )
@@ -365,6 +466,15 @@ class Worker:
         asked.setdefault("body", request_of())
         return await self.ask("POST", f"/v2/models/{name}/infer", headers=headers, **asked)
 
+    async def chat(self, *, unit: str | None = None, **asked: Any) -> Reply:
+        """Ask a language model; other words than those of `ask` are fields of the request."""
+        headers = {**asked.pop("headers", {})}
+        if unit is not None:
+            headers["X-Shipworthy-Unit"] = unit
+        key = asked.pop("key", "client")
+        body = asked.pop("body", None) or chat_of(**asked)
+        return await self.ask("POST", "/v1/chat/completions", key=key, body=body, headers=headers)
+
     async def until(self, holds: Callable[[], bool], seconds: float = 3.0) -> None:
         async with asyncio.timeout(seconds):
             while not holds():  # noqa: ASYNC110  # what is waited for sets no event
@@ -401,6 +511,10 @@ def request_of(rows: int = 1, **changes: Any) -> dict[str, Any]:
     return {"inputs": [tensor]}
 
 
+def chat_of(**changes: Any) -> dict[str, Any]:
+    return {"model": "digits", "messages": [{"role": "user", "content": "hi"}], **changes}
+
+
 @pytest.fixture
 async def worker(tmp_path: Path) -> AsyncGenerator[Worker]:
     """A worker that is yet to be started, with a stable and a candidate model that work."""
@@ -426,7 +540,18 @@ class Misbehaviour:
     request_of = staticmethod(request_of)
     Shield = Shield
     Deadlines = Deadlines
+    closing = staticmethod(closing)
     contract = CONTRACT
+    language = LANGUAGE
+    chat_answer = staticmethod(chat_answer)
+    chat_of = staticmethod(chat_of)
+    event_of = staticmethod(event_of)
+    chunk = staticmethod(chunk)
+    streaming = staticmethod(streaming)
+    telling = staticmethod(telling)
+    DONE = DONE
+    LAST = LAST
+    USAGE = USAGE
 
 
 @pytest.fixture
