@@ -139,7 +139,10 @@ def _is_card(found: str) -> bool:
 
 # --- iban ---------------------------------------------------------------------------------------
 
-_IBAN_START = re.compile(r"[A-Za-z](?<![0-9A-Za-z].)[A-Za-z][0-9]{2}(?=[ \u00a0-]?[0-9A-Za-z]{3})")
+_IBAN_START = re.compile(  # begins with what is rare, a digit
+    r"[0-9](?<=[A-Za-z]{2}[0-9])(?<![0-9A-Za-z][A-Za-z]{2}[0-9])[0-9]"
+    r"(?=[ \u00a0-]?[0-9A-Za-z]{3})"
+)
 _IBAN_LENGTHS = {
     length: codes.split()
     for length, codes in {
@@ -164,9 +167,10 @@ def ibans(text: str) -> Generator[Span]:
     """Account numbers whose country, length and check digits are right."""
     if not _may_have_digits(text):
         return
-    for start in _IBAN_START.finditer(text):
-        pattern = _IBANS.get(start[0][:2].upper())
-        found = pattern.match(text, start.start()) if pattern else None
+    for digits in _IBAN_START.finditer(text):
+        start = digits.start() - 2
+        pattern = _IBANS.get(text[start : start + 2].upper())
+        found = pattern.match(text, start) if pattern else None
         if found and _is_iban(found[0]):
             yield found.span()
 
@@ -275,6 +279,7 @@ _NAMED = (
     (_TOKEN_WORDS, _AFTER_TOKEN_WORD),
     (("bearer", "basic"), _AUTHORISED),
 )
+_ANY_NAME = re.compile(r"pass|pwd|secret|credential|key|token[^s]|bearer|basic")
 _NO_VALUES = frozenset({"", "null", "none", "true", "false"})
 
 
@@ -283,7 +288,7 @@ def secrets(text: str) -> Generator[Span]:
     for prefix in [prefix for prefix in _PREFIXED if prefix in text]:
         yield from _at_each(text, prefix, _PREFIXED[prefix])
     lower = _lowered(text)
-    for words, pattern in _NAMED:
+    for words, pattern in _NAMED if _ANY_NAME.search(lower) else ():
         for start, end in _at_words(lower, words, pattern):
             value = lower[start:end]
             if value not in _NO_VALUES and not value.startswith("["):
