@@ -221,7 +221,8 @@ class Streams:
         except (ClientGone, asyncio.CancelledError):
             reason = Reason.CLIENT_GONE if request.gone() else Reason.SHUTDOWN
         finally:
-            reason = reason or Reason.GATEWAY_FAULT
+            if reason is None:  # not `or`: that of an answer is empty text
+                reason = Reason.GATEWAY_FAULT
             stream.end(reason)
             call.judge(reason)
         last = _last_of(stream, reason)
