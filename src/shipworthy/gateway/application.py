@@ -44,6 +44,7 @@ _LANGUAGE: Final[dict[str, Operation]] = {
     "/v1/embeddings": "embeddings",
 }
 _MODELS: Final = "/v1/models"
+_FEEDBACK: Final = "/v1/feedback"
 _NO_KEY: Final = "0" * 64
 _UNAUTHENTICATED: Final = (
     "no valid key; send `Authorization: Bearer sw_…` with a key that exists,"
@@ -101,7 +102,7 @@ class Application:
     def _route(self, request: Request) -> Answer | Handler:
         path = request.path
         operation = _LANGUAGE.get(path)
-        if operation is not None or path.startswith(_MODELS):
+        if operation is not None or (path.startswith("/v1/") and path != _FEEDBACK):
             request.shape = language_error
         elif path.startswith("/models/"):
             request.shape = scoring_error
@@ -122,7 +123,7 @@ class Application:
             _only(request, "POST")
             request.limit = self._options.max_body
             return partial(self._score, key=key, live=self._plan(scoring["name"], key))
-        if path == "/v1/feedback":
+        if path == _FEEDBACK:
             _only(request, "POST")
             request.limit = self._options.max_feedback
             return partial(self._take_feedback, key=key)

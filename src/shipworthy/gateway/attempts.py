@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any, Final
 
 from shipworthy.gateway.call import Ask, Call
+from shipworthy.gateway.http import Refusal
 from shipworthy.gateway.live import LiveArm
 from shipworthy.gateway.parts import Parts
 from shipworthy.gateway.streams import Given, Opening, open_stream
@@ -14,6 +17,7 @@ from shipworthy.protocols.outcomes import Reason
 
 _NO_ATTEMPT = frozenset({Reason.CLIENT_DEADLINE, Reason.GATEWAY_FAULT})
 """Says nothing about the release that was to answer."""
+_REFUSE_INPUT = frozenset({400, 413, 422})
 
 
 class Attempts:
@@ -47,16 +51,22 @@ class Attempts:
         stays = False
         try:
             live.turn += avoid is None
-            given = await self._somewhere(call, arm, ask, avoid)
+            endpoint = pick(arm.endpoints, live.turn, avoid)
+            given = _FULL if endpoint is None else await self._asking(call, arm, endpoint, ask)
             if given.stream is not None:  # it leaves when the stream ends
                 given.stream.on_end(lambda reason: self._ended(call, arm, reason, guarded=guarded))
                 stays = True
         finally:
             if not stays:
                 arm.gate.leave()
-        if guarded and given.stream is None and given.reply.reason not in _NO_ATTEMPT:
+        if guarded and given.stream is None and _tells(ask, given.reply):
             live.breaker.note(failed=not given.answered, now=self._monotonic())
         return given
+
+    def blame(self, call: Call) -> None:
+        """Count as the candidate's failure what `attempt` could not tell to be one."""
+        if call.arm.name == "candidate" and not call.pinned:
+            call.live.breaker.note(failed=True, now=self._monotonic())
 
     async def _wait_for(self, call: Call, arm: LiveArm) -> bool:
         wait = min(self._options.queue_seconds, call.deadline - self._monotonic())
@@ -69,18 +79,15 @@ class Attempts:
         if guarded and not censored:
             call.live.breaker.note(failed=reason is not Reason.ANSWERED, now=self._monotonic())
 
-    async def _somewhere(
-        self, call: Call, arm: LiveArm, ask: Ask, avoid: EndpointState | None
-    ) -> Given:
+    def _asking(
+        self, call: Call, arm: LiveArm, endpoint: EndpointState, ask: Ask
+    ) -> Coroutine[Any, Any, Given]:
         live = call.live
-        endpoint = pick(arm.endpoints, live.turn, avoid)
-        if endpoint is None:
-            return _none(Reason.FULL)
         hedge = live.plan.hedge
         if hedge is None or ask.stream or not arm.repeatable or len(arm.endpoints) < 2:
-            return await self._ask(call, arm, endpoint, ask)
+            return self._ask(call, arm, endpoint, ask)
         live.hedges.earn()
-        return await self._hedged(call, arm, endpoint, ask, hedge.after)
+        return self._hedged(call, arm, endpoint, ask, hedge.after)
 
     async def _hedged(
         self, call: Call, arm: LiveArm, endpoint: EndpointState, ask: Ask, after: float
@@ -111,7 +118,7 @@ class Attempts:
         try:
             outgoing = ask.outgoing(arm, call)
         except InvalidMessage as problem:
-            return _none(Reason.NARROWED_CONTRACT, str(problem))
+            return _unsaid(call, arm, ask, problem)
         if arm.speech.wanted:
             self._upstream.learn(endpoint, arm.speech)
         limits = call.live.plan.deadlines
@@ -137,6 +144,33 @@ class Attempts:
         if reply.reason is Reason.ANSWERED:
             reply = ask.judged(reply, arm, call)
         return Given(reply, endpoint)
+
+
+_FULL: Final = Given(Reply(Reason.FULL, sent=False))
+
+
+def refuses_input(ask: Ask, reply: Reply) -> bool:
+    """Whether the server says no to an input that it may be right to say no to."""
+    if not ask.open_ended or reply.reason is not Reason.REFUSED:
+        return False
+    return reply.status in _REFUSE_INPUT
+
+
+def _tells(ask: Ask, reply: Reply) -> bool:
+    """Whether an attempt's end says anything about the release, as far as one can know by then."""
+    return reply.reason not in _NO_ATTEMPT and not refuses_input(ask, reply)
+
+
+def _unsaid(call: Call, arm: LiveArm, ask: Ask, problem: InvalidMessage) -> Given:
+    """A request that an arm can't be told of: the client's fault, unless stable could be told."""
+    if arm is not call.live.stable and not call.pinned:
+        try:
+            ask.outgoing(call.live.stable, call)
+        except InvalidMessage:
+            pass
+        else:
+            return _none(Reason.NARROWED_CONTRACT, str(problem))
+    raise Refusal(400, str(problem)) from None
 
 
 def _none(reason: Reason, detail: str = "") -> Given:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from shipworthy.domain.plan import Key
 from shipworthy.domain.routing import Choice, choose
-from shipworthy.gateway.attempts import Attempts
+from shipworthy.gateway.attempts import Attempts, refuses_input
 from shipworthy.gateway.call import Ask, Call, patience_of, slices_of, unit_of
 from shipworthy.gateway.capture import Capture
 from shipworthy.gateway.failures import GONE, RETRIED, STATUS, TEXT
@@ -145,26 +145,38 @@ class InferenceDoor:
         if arm.name == "candidate":
             live.fallbacks.earn()
         live.retries.earn()
-        given = await self._attempts.attempt(call, arm, ask)
-        refused = ask.open_ended and _refuses(given.reply)
+        first = given = await self._attempts.attempt(call, arm, ask)
+        refused = refuses_input(ask, given.reply)
         if call.attempts:
             call.first_seconds = self._monotonic() - call.started
         if given.stream is None and not refused:
             call.judge(given.reply.reason)
-        if given.answered:
-            return await self._served(request, call, arm, given)
-        if arm is not live.stable and not call.pinned and self._may_fall_back(call, given.reply):
-            arm = live.stable
-            given = await self._attempts.attempt(call, arm, ask)
-            if refused and not _refuses(given.reply):  # what one refuses another takes
-                call.judge(Reason.REFUSED)
+        if not given.answered:
+            arm, given = await self._elsewhere(call, ask, given)
         if refused:
-            call.judge(Reason.REFUSED_INPUT)
-        if self._may_retry(call, arm, given.reply):
-            given = await self._attempts.attempt(call, arm, ask, avoid=given.endpoint)
+            given = self._refused(call, ask, first, given)
         if given.answered:
             return await self._served(request, call, arm, given)
         return self._nothing(request, call, ask, given.reply)
+
+    async def _elsewhere(self, call: Call, ask: Ask, given: Given) -> tuple[LiveArm, Given]:
+        """What whoever may answer in the place of the one that failed gives, and who that was."""
+        live, arm = call.live, call.arm
+        if arm is not live.stable and not call.pinned and self._may_fall_back(call, given.reply):
+            arm = live.stable
+            given = await self._attempts.attempt(call, arm, ask)
+        if self._may_retry(call, arm, given.reply):
+            given = await self._attempts.attempt(call, arm, ask, avoid=given.endpoint)
+        return arm, given
+
+    def _refused(self, call: Call, ask: Ask, first: Given, last: Given) -> Given:
+        """Judge a refusal by what became of it: what one refuses and another answers was sound."""
+        if last.answered:
+            self._attempts.blame(call)
+            call.judge(Reason.REFUSED)
+            return last
+        call.judge(Reason.REFUSED_INPUT)
+        return last if refuses_input(ask, last.reply) else first
 
     def _may_fall_back(self, call: Call, reply: Reply) -> bool:
         return (
@@ -248,11 +260,6 @@ def _told(call: Call) -> HeaderList:
     if call.admission is not None:
         told += call.admission.headers
     return told
-
-
-def _refuses(reply: Reply) -> bool:
-    """Whether it is the input that the server says no to."""
-    return reply.reason is Reason.REFUSED and reply.status in (400, 413, 422)
 
 
 def _wait(reply: Reply) -> HeaderList:

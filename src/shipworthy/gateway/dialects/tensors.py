@@ -17,7 +17,7 @@ from shipworthy.gateway.call import Call, EventReader
 from shipworthy.gateway.http import Refusal, Request
 from shipworthy.gateway.upstream import Outgoing, Reply
 from shipworthy.protocols import mlflow, oip, oip_binary
-from shipworthy.protocols.messages import MalformedMessage
+from shipworthy.protocols.messages import InvalidMessage, MalformedMessage
 from shipworthy.protocols.oip import InferenceRequest, TensorMessage, TensorValues
 from shipworthy.protocols.outcomes import Reason
 from shipworthy.protocols.packed import Packed
@@ -109,6 +109,7 @@ class TensorAsk(_TensorAsk):
 
     def check(self, arm: LiveArm) -> None:
         """Hold it against the contract."""
+        _check_kind(arm)
         self.values = arm.checker.check_request(self.message)
         if _may_want_binary(self.message):
             names = [output.name for output in arm.arm.contract.outputs]
@@ -172,6 +173,7 @@ class ScoringAsk(_TensorAsk):
         self._read(public)
 
     def _read(self, arm: LiveArm) -> None:
+        _check_kind(arm)
         try:
             self.values = arm.scoring.read_request(self._body, self._type)
         except mlflow.UnsupportedContent as problem:
@@ -217,6 +219,13 @@ _CODES: Final = {
     429: "REQUEST_LIMIT_EXCEEDED",
     503: "TEMPORARILY_UNAVAILABLE",
 }
+
+
+def _check_kind(arm: LiveArm) -> None:
+    if arm.arm.contract.protocol == "openai":
+        raise InvalidMessage(
+            "model: takes no tensors; call it at /v1/chat/completions and its like"
+        )
 
 
 def _described(values: TensorValues) -> TensorMessage:
