@@ -6,7 +6,7 @@ from shipworthy.domain.lifecycle import Release
 from shipworthy.domain.manifest import EndpointServing, Environment, Inference, Manifest
 from shipworthy.errors import RuntimeFailed, Unavailable
 from shipworthy.ports import HttpResponse, RunningReplica, Runtime
-from shipworthy.runtimes.endpoint import EndpointRuntime, probe, read_credential
+from shipworthy.runtimes.endpoint import EndpointRuntime, probe, read_credential, reported_model
 from shipworthy.runtimes.process import ProcessReplica, ProcessRuntime
 
 
@@ -37,31 +37,62 @@ OPENAI = OIP.model_copy(update={"urls": ("http://there/v1",)})
 
 async def test_an_oip_server_is_asked_for_the_model(server):
     server.answers["/v2/models/org%2Fm/ready"] = (200, {})
-    await probe("http://there/", OIP, server)
+    await probe("http://there/", OIP, "oip-v2", server)
 
 
 async def test_an_openai_server_must_list_the_model(server):
     server.answers["/v1/models"] = (200, {"data": [{"id": "other"}]})
     with pytest.raises(RuntimeFailed, match="does not list 'org/m'"):
-        await probe("http://there/v1", OPENAI, server)
+        await probe("http://there/v1", OPENAI, "openai", server)
     server.answers["/v1/models"] = (200, {"data": [{"id": "other"}, {"id": "org/m"}]})
-    await probe("http://there/v1", OPENAI, server)
+    await probe("http://there/v1", OPENAI, "openai", server)
     server.answers["/v1/models"] = (200, "?")
     with pytest.raises(RuntimeFailed, match="does not list"):
-        await probe("http://there/v1", OPENAI, server)
+        await probe("http://there/v1", OPENAI, "openai", server)
+
+
+async def test_an_openai_server_named_without_v1_is_asked_there(server):
+    server.answers["/v1/models"] = (200, {"data": [{"id": "org/m"}]})
+    await probe("http://there", OIP, "openai", server)
+    assert await reported_model("http://there", OIP, "openai", server) == "org/m"
+
+
+async def test_an_mlflow_server_is_pinged_and_tells_no_name(server):
+    with pytest.raises(RuntimeFailed, match="not ready"):
+        await probe("http://there", OIP, "mlflow", server)
+    server.answers["/ping"] = (200, "")
+    await probe("http://there", OIP, "mlflow", server)
+    assert await reported_model("http://there", OIP, "mlflow", server) is None
+
+
+@pytest.mark.parametrize(
+    ("protocol", "path", "answer", "told"),
+    [
+        ("openai", "/v1/models", (200, {"data": [{"id": "org/m"}, {"id": "lora"}]}), "org/m"),
+        ("openai", "/v1/models", (200, {"data": [{"id": "a"}, {"id": "b"}]}), "a, b"),
+        ("openai", "/v1/models", (200, "no list"), None),
+        ("openai", "/v1/models", (401, {}), "nothing (HTTP 401)"),
+        ("oip-v2", "/v2/models/org%2Fm", (200, {"name": "org/m"}), "org/m"),
+        ("oip-v2", "/v2/models/org%2Fm", (200, []), None),
+    ],
+)
+async def test_what_a_server_says_that_it_serves(server, protocol, path, answer, told):
+    server.answers[path] = answer
+    assert await reported_model("http://there", OIP, protocol, server) == told
 
 
 @pytest.mark.parametrize(("status", "said"), [(401, "refuses our credential"), (503, "HTTP 503")])
 async def test_other_answers(server, status, said):
     server.answers["/v1/models"] = (status, {})
     with pytest.raises(RuntimeFailed, match=said):
-        await probe("http://there/v1", OPENAI, server)
+        await probe("http://there/v1", OPENAI, "openai", server)
 
 
 async def test_the_credential_is_sent(server, monkeypatch):
     monkeypatch.setenv("UPSTREAM", "s3cret")
     server.answers["/v1/models"] = (200, {"data": [{"id": "org/m"}]})
-    await probe("http://there/v1", OPENAI.model_copy(update={"credential": "env:UPSTREAM"}), server)
+    with_key = OPENAI.model_copy(update={"credential": "env:UPSTREAM"})
+    await probe("http://there/v1", with_key, "openai", server)
     assert server.sent == [{"authorization": "Bearer s3cret"}]
 
 

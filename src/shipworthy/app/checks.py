@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.parse import quote
 
 from shipworthy.app.access import admin_key, create_key, revoke_key
 from shipworthy.app.gateway_address import gateway_pin, gateway_url
 from shipworthy.app.http import AiohttpClient
-from shipworthy.app.releasing import sample_request
+from shipworthy.app.releasing import sample_requests
 from shipworthy.app.serving import make_runtimes
 from shipworthy.app.session import Session, new_id
 from shipworthy.domain.checklist import Checklist, ChecklistItem, Moment
@@ -37,15 +36,17 @@ from shipworthy.domain.names import ReleaseReference, Stage, plan_name
 from shipworthy.domain.policy import Policy
 from shipworthy.errors import NotFound, NotMeasured, Refused, RuntimeFailed, ShipworthyError
 from shipworthy.gateway import probes as gateway_probes
-from shipworthy.ports import HttpClient, HttpResponse
+from shipworthy.gateway.needs import HttpAnswer
+from shipworthy.ports import HttpClient
+from shipworthy.protocols.questions import as_its_server_takes_it, base_of, plain_requests
 from shipworthy.release import probes as release_probes
 from shipworthy.release.catalogue import built_in
 from shipworthy.release.probes import Started
 from shipworthy.release.report import Report, ReportLine, build_report
 from shipworthy.rollout import probes as rollout_probes
 from shipworthy.rollout.intents import is_first, judge_entry
-from shipworthy.runtimes.endpoint import read_credential
-from shipworthy.runtimes.inspection import inspect_endpoint
+from shipworthy.rollout.plans import behaviour_of
+from shipworthy.runtimes.endpoint import authorisation, reported_model
 
 Tell = Callable[[str], None]
 START_SECONDS = 300.0
@@ -96,7 +97,10 @@ class Look:
 
     async def sample(self) -> bytes | None:
         """A request made of the release's recorded sample."""
-        return await asyncio.to_thread(sample_request, self.session, self.manifest, _SAMPLE_ROWS)
+        samples = await asyncio.to_thread(
+            sample_requests, self.session, self.manifest, _SAMPLE_ROWS
+        )
+        return samples[0] if samples else None
 
 
 Probe = Callable[[Look], Awaitable[Finding]]
@@ -107,21 +111,12 @@ Probe = Callable[[Look], Awaitable[Finding]]
 
 async def _stored(look: Look) -> Finding:
     reported = None
-    serving = look.manifest.serving
-    if isinstance(serving, EndpointServing):
-        reported = await _served_model(look, serving)
+    serving, protocol = look.manifest.serving, look.manifest.contract.protocol
+    if isinstance(serving, EndpointServing) and not look.manifest.artifacts:
+        reported = await reported_model(serving.urls[0], serving, protocol, look.http)
     return await release_probes.probe_stored(
         look.release, look.session.blobs, now=look.now, reported=reported
     )
-
-
-async def _served_model(look: Look, serving: EndpointServing) -> str | None:
-    """What a remote endpoint calls the model that it serves."""
-    token = read_credential(serving.credential) if serving.credential else None
-    seen = await inspect_endpoint(
-        serving.urls[0], look.http, credential=token, model=serving.served_model
-    )
-    return seen.model
 
 
 async def _described(look: Look) -> Finding:
@@ -133,7 +128,7 @@ async def _final_format(look: Look) -> Finding:
 
     async def start(release: Release, request: bytes) -> Started:
         if isinstance(serving, EndpointServing):
-            return await _ask_endpoint(look.http, serving, request)
+            return await _ask_endpoint(look.http, look.manifest, serving, request)
         return await _start_package(look.session, look.http, release, request)
 
     return await release_probes.probe_final_format(
@@ -146,10 +141,8 @@ async def _contact(look: Look) -> Finding:
 
 
 async def _contract(look: Look) -> Finding:
-    sample = await look.sample()
-    return await release_probes.probe_contract(
-        look.release, [sample] if sample else [], now=look.now
-    )
+    samples = await asyncio.to_thread(sample_requests, look.session, look.manifest, _SAMPLE_ROWS)
+    return await release_probes.probe_contract(look.release, samples, now=look.now)
 
 
 async def _compatible(look: Look) -> Finding:
@@ -158,12 +151,20 @@ async def _compatible(look: Look) -> Finding:
     return await release_probes.probe_compatible(look.release, serving, now=look.now)
 
 
-async def _ask_endpoint(http: HttpClient, serving: EndpointServing, request: bytes) -> Started:
+async def _ask_endpoint(
+    http: HttpClient, manifest: Manifest, serving: EndpointServing, request: bytes
+) -> Started:
     """A server elsewhere runs already: ask it the sample, as the gateway would."""
-    url = f"{serving.urls[0].rstrip('/')}/v2/models/{quote(serving.served_model, safe='')}/infer"
+    contract = manifest.contract
+    asked = as_its_server_takes_it(contract, request, serving.served_model, behaviour_of(manifest))
+    headers = {"Content-Type": "application/json", **authorisation(serving)}
     begun = time.monotonic()
     answer = await http.request(
-        "POST", url, headers=_authorisation(serving), body=request, timeout=60.0
+        "POST",
+        base_of(serving.urls[0], contract.protocol) + asked.path,
+        headers=headers,
+        body=asked.body,
+        timeout=60.0,
     )
     if answer.status != 200:
         message = f"{serving.urls[0]} answered the sample with HTTP {answer.status}"
@@ -221,7 +222,9 @@ async def _start_package(
 
 async def _door(look: Look) -> gateway_probes.Door:
     """Where the release is looked at: through this project's own gateway, at its stage."""
-    sample = await look.sample()
+    sample, contract = await look.sample(), look.manifest.contract
+    if sample is None and not contract.tensors:
+        sample = plain_requests(contract)[0]  # every release that does this must answer it
     if sample is None:
         message = "no sample is recorded to call it with; add data with 'role: sample'"
         raise NotMeasured(message)
@@ -231,7 +234,7 @@ async def _door(look: Look) -> gateway_probes.Door:
         key=await asyncio.to_thread(admin_key, look.session),
         release=look.release.name,
         digest=look.release.digest,
-        contract=look.manifest.contract,
+        contract=contract,
         sample=sample,
     )
     # A plan that was just published may not have reached the worker yet.
@@ -270,16 +273,11 @@ async def _auth(look: Look) -> Finding:
 
 
 async def _until(
-    look: Look, door: gateway_probes.Door, key: str, heard: Callable[[HttpResponse], bool]
+    look: Look, door: gateway_probes.Door, key: str, heard: Callable[[HttpAnswer], bool]
 ) -> None:
     """Wait for the gateway to have heard of a change, if it does; the probe itself judges."""
     for _ in range(_PATIENCE):
-        answer = await look.http.request(
-            "POST",
-            f"{door.base_url}/v2/models/{door.plan}/infer",
-            headers={"Authorization": f"Bearer {key}"},
-            body=door.sample,
-        )
+        answer = await gateway_probes.ask(door, look.http, key)
         if heard(answer):
             return
         await asyncio.sleep(0.1)
@@ -305,17 +303,10 @@ async def _parity(look: Look) -> Finding:
             look.release,
             serving.served_model,
             endpoints,
-            look.http,
-            headers=_authorisation(serving),
+            lambda url: reported_model(url, serving, look.manifest.contract.protocol, look.http),
             now=look.now,
         )
     return await rollout_probes.probe_parity(look.release, endpoints, look.http, now=look.now)
-
-
-def _authorisation(serving: EndpointServing) -> dict[str, str]:
-    if serving.credential is None:
-        return {}
-    return {"Authorization": f"Bearer {read_credential(serving.credential)}"}
 
 
 async def _traffic(look: Look) -> Finding:

@@ -21,6 +21,8 @@ from shipworthy.errors import NotFound, UsageError
 from shipworthy.ports import Progress
 from shipworthy.protocols import oip
 from shipworthy.protocols.documents import read_document
+from shipworthy.protocols.messages import InvalidMessage
+from shipworthy.protocols.questions import read_samples
 from shipworthy.release.create import Creation, Sources, create_release, find_sources
 from shipworthy.runtimes.inspection import Inspection, inspect_model
 from shipworthy.runtimes.samples import Sample, inputs_from
@@ -100,18 +102,35 @@ def _model_of(spec: ReleaseSpec) -> ArtifactSpec:
     return chosen[0]
 
 
-def sample_request(session: Session, manifest: Manifest, rows: int) -> bytes | None:
-    """A request made of the first rows of the release's recorded sample; None when it has none."""
+def sample_requests(session: Session, manifest: Manifest, rows: int) -> list[bytes]:
+    """Requests made of the release's recorded sample; none when it has none.
+
+    For tensors that is one, of its first rows; for a language model each that is in the file.
+    """
     files = [file for data in manifest.data if data.role == "sample" for file in data.files]
     if not files:
-        return None
+        return []
     with tempfile.TemporaryDirectory(prefix="shipworthy-") as folder:
         copy = Path(folder) / Path(files[0].path).name
         session.blobs.copy_to(files[0], copy)
+        if not manifest.contract.tensors:
+            return read_requests(copy)
         sample = Sample.read(copy)
     declared = [
         {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
         for tensor in manifest.contract.inputs
         if not tensor.optional
     ]
-    return oip.encode_request(inputs_from(sample, {"tensors": declared}, rows=rows).tensors)
+    return [oip.encode_request(inputs_from(sample, {"tensors": declared}, rows=rows).tensors)]
+
+
+def read_requests(file: Path) -> list[bytes]:
+    """The requests for a language model in a file; UsageError says which is none."""
+    try:
+        return read_samples(file.read_bytes())
+    except InvalidMessage as problem:
+        message = (
+            f"{file.name} is no sample for a language model: {problem}; give one request's body in"
+            " JSON on each line"
+        )
+        raise UsageError(message) from None

@@ -7,32 +7,32 @@ not answer is no finding about a release, but an error: it could not be measured
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import cached_property
+from typing import Final
 
 import msgspec
 
-from shipworthy.domain.contract import ANY, Contract, Tensor
+from shipworthy.domain.contract import Contract
 from shipworthy.domain.findings import Finding, Verdict
 from shipworthy.errors import Unavailable
 from shipworthy.gateway.needs import Http, HttpAnswer
-from shipworthy.protocols import oip
+from shipworthy.gateway.probe_calls import Asking, Calls, calls_for, said
+from shipworthy.protocols.messages import InvalidMessage
 
 VALID_SECONDS: Final = 24 * 3600.0
 """How long these findings may be relied on."""
-_TIMEOUT: Final = 30.0
+_TIMEOUT: Final = 60.0
 _ANSWERS: Final = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Door:
     """Where a release is to be looked at.
 
     `base_url` is the gateway's, `plan` the name that clients call and `key` one that opens it.
     `release` and `digest` are those that should answer; `sample` is a request that the contract
-    allows, as an inference request in JSON.
+    allows: of a model of tensors an inference request in JSON, of a language model one of OpenAI's.
     """
 
     base_url: str
@@ -42,6 +42,11 @@ class Door:
     digest: str
     contract: Contract
     sample: bytes
+
+    @cached_property
+    def calls(self) -> Calls:
+        """What it is asked."""
+        return calls_for(self.plan, self.contract, self.sample)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +87,11 @@ async def probe_auth(door: Door, http: Http, *, strangers: Strangers, now: float
     seen: list[_Seen] = []
     try:
         for name, key, wanted in cases:
-            answer = await _infer(door, http, door.sample, key)
+            answer = await ask(door, http, key)
             problem = "" if answer.status == wanted else f"{answer.status} instead of {wanted}"
-            if wanted != 200 and _outputs(answer):
+            if wanted != 200 and door.calls.tells(answer):
                 problem = f"{answer.status} with the model's outputs"
-            seen.append(_Seen(name, answer.status, _said(answer), problem))
+            seen.append(_Seen(name, answer.status, said(answer), problem))
     except Unavailable as error:
         return _unmeasured("auth.required", _AUTH, error, now)
     if seen[0].problem:
@@ -98,16 +103,16 @@ async def probe_contract(door: Door, http: Http, *, now: float) -> Finding:
     """contract.enforced: right answers to what the contract allows, a clear 4xx to all else."""
     seen: list[_Seen] = []
     try:
-        for name, body in _allowed(door):
-            answer = await _infer(door, http, body, door.key)
-            problem = _answer_problem(door, body, answer)
-            seen.append(_Seen(name, answer.status, _said(answer), problem))
-        for name, body in _forbidden(door):
-            answer = await _infer(door, http, body, door.key)
-            seen.append(_Seen(name, answer.status, _said(answer), _refusal_problem(answer)))
+        for call in door.calls.allowed():
+            answer = await ask(door, http, door.key, call)
+            problem = _answer_problem(door, call, answer)
+            seen.append(_Seen(call.name, answer.status, said(answer), problem))
+        for call in door.calls.forbidden():
+            answer = await ask(door, http, door.key, call)
+            seen.append(_Seen(call.name, answer.status, said(answer), _refusal_problem(answer)))
     except Unavailable as error:
         return _unmeasured("contract.enforced", _ENFORCED, error, now)
-    except oip.InvalidMessage as error:
+    except InvalidMessage as error:
         problem = f"the sample itself is not what the contract allows: {error}"
         return _finding(
             "contract.enforced", Verdict.ERROR, _ENFORCED, [_Seen("sample", 0, "", problem)], now
@@ -123,9 +128,9 @@ async def probe_answers(door: Door, http: Http, *, now: float) -> Finding:
     threshold = f"{door.release} answers all of {_ANSWERS} requests"
     try:
         for number in range(1, _ANSWERS + 1):
-            answer = await _infer(door, http, door.sample, door.key)
-            problem = _answer_problem(door, door.sample, answer)
-            seen.append(_Seen(f"request {number}", answer.status, _said(answer), problem))
+            answer = await ask(door, http, door.key)
+            problem = _answer_problem(door, door.calls.sample, answer)
+            seen.append(_Seen(f"request {number}", answer.status, said(answer), problem))
             inferences.append(answer.headers.get("x-shipworthy-inference", ""))
     except Unavailable as error:
         return _unmeasured("answers.returned", threshold, error, now)
@@ -146,135 +151,30 @@ _ENFORCED: Final = "a right answer or a clear 4xx to each call, never a 5xx or s
 # --- asking -----------------------------------------------------------------------------------
 
 
-async def _infer(door: Door, http: Http, body: bytes, key: str | None) -> HttpAnswer:
+async def ask(door: Door, http: Http, key: str | None, call: Asking | None = None) -> HttpAnswer:
+    """One call through the door, the sample's if no other is named."""
+    call = call or door.calls.sample
     headers = {"Content-Type": "application/json"}
     if key is not None:
         headers["Authorization"] = f"Bearer {key}"
-    url = f"{door.base_url.rstrip('/')}/v2/models/{door.plan}/infer"
-    return await http.request("POST", url, headers=headers, body=body, timeout=_TIMEOUT)
+    url = door.base_url.rstrip("/") + call.path
+    return await http.request("POST", url, headers=headers, body=call.body, timeout=_TIMEOUT)
 
 
-def _answer_problem(door: Door, body: bytes, answer: HttpAnswer) -> str:
+def _answer_problem(door: Door, call: Asking, answer: HttpAnswer) -> str:
     """Why this is no right answer by the release that is being looked at; empty when it is."""
     if answer.status != 200:
-        return f"{answer.status}: {_said(answer)}"
+        return f"{answer.status}: {said(answer)}"
     by = answer.headers.get("x-shipworthy-release", "an unnamed release")
     if by != door.release or answer.headers.get("x-shipworthy-digest") != door.digest:
         return f"answered by {by}, not {door.release} with digest {door.digest[:19]}…"
-    try:
-        response = oip.decode_response(answer.body)
-        oip.ContractChecker(door.contract).check_response(response, oip.decode_request(body))
-    except oip.InvalidMessage as error:
-        return str(error)
-    return ""
+    return door.calls.problem(call, answer)
 
 
 def _refusal_problem(answer: HttpAnswer) -> str:
     if not 400 <= answer.status < 500:
         return f"{answer.status} instead of a 4xx"
-    return "" if _said(answer) else f"{answer.status} without a word why"
-
-
-def _said(answer: HttpAnswer) -> str:
-    """The error's text; empty for an answer, or when there is none."""
-    content = _json(answer)
-    error = content.get("error")
-    return error[:300] if isinstance(error, str) else ""
-
-
-def _outputs(answer: HttpAnswer) -> bool:
-    return "outputs" in _json(answer)
-
-
-def _json(answer: HttpAnswer) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(answer.body, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return {}
-
-
-# --- calls ------------------------------------------------------------------------------------
-
-
-def _allowed(door: Door) -> Iterable[tuple[str, bytes]]:
-    """The sample, and calls at the edge of what the contract allows."""
-    values = oip.ContractChecker(door.contract).check_request(oip.decode_request(door.sample))
-    declared = {tensor.name: tensor for tensor in door.contract.inputs}
-    yield "the sample", door.sample
-    batched = all(_batched(declared[value.name]) for value in values)
-    if batched and values:
-        yield "one row", oip.encode_request(_rows(value, 1) for value in values)
-        several = 2 * values[0].shape[0]
-        yield f"{several} rows", oip.encode_request(_rows(value, several) for value in values)
-    required = [value for value in values if not declared[value.name].optional]
-    yield "required inputs alone", oip.encode_request(required)
-    yield "one output", oip.encode_request(values, outputs=[door.contract.outputs[0].name])
-    yield "all zero or empty", oip.encode_request(_filled(value, _ZERO) for value in values)
-
-
-def _forbidden(door: Door) -> Iterable[tuple[str, bytes]]:
-    """Calls that the contract forbids, each in one way only."""
-    yield "an empty body", b""
-    yield "half a body", door.sample[: len(door.sample) // 2]
-    yield "no JSON", b"features=1,2,3"
-    yield "a list", b"[]"
-    yield "no inputs", b'{"inputs": []}'
-    yield "invalid UTF-8", b'{"id": "\xff", ' + door.sample.lstrip()[1:]
-    for name, change in _CHANGES.items():
-        yield name, _changed(door.sample, change)
-    yield "an unknown output", _with(door.sample, outputs=[{"name": "no-such-output"}])
-    yield "not a number", _changed(door.sample, {"data": ["@"]}).replace(b'"@"', b"NaN")
-
-
-_CHANGES: Final[dict[str, dict[str, Any]]] = {
-    "an unknown input": {"name": "no-such-input"},
-    "an unknown datatype": {"datatype": "FP7"},
-    "a shape that is no list": {"shape": "wide"},
-    "a shape of another rank": {"shape": [1] * 9},
-    "a negative shape": {"shape": [-1]},
-    "no values": {"data": []},
-    "values that are no list": {"data": 7},
-    "a null among the values": {"data": [None]},
-    "an object among the values": {"data": [{}]},
-}
-_ZERO: Final = {"BYTES": "", "BOOL": False}
-
-
-def _with(sample: bytes, **changes: Any) -> bytes:
-    message: dict[str, Any] = msgspec.json.decode(sample)
-    return msgspec.json.encode({**message, **changes})
-
-
-def _changed(sample: bytes, change: dict[str, Any]) -> bytes:
-    """The sample with something else in its first input."""
-    message: dict[str, Any] = msgspec.json.decode(sample)
-    first, *others = message["inputs"]
-    return msgspec.json.encode({**message, "inputs": [{**first, **change}, *others]})
-
-
-def _batched(tensor: Tensor) -> bool:
-    return bool(tensor.shape) and tensor.shape[0] == ANY
-
-
-def _rows(values: oip.TensorValues, count: int) -> oip.TensorValues:
-    """So many rows, repeating those that are there."""
-    flat = _flat(values)
-    size = math.prod(values.shape[1:])
-    rows = [flat[at : at + size] for at in range(0, len(flat), size)]
-    data = [value for number in range(count) for value in rows[number % len(rows)]]
-    return oip.TensorValues(values.name, values.datatype, (count, *values.shape[1:]), data)
-
-
-def _filled(values: oip.TensorValues, by_type: dict[str, Any]) -> oip.TensorValues:
-    data = [by_type.get(values.datatype, 0)] * math.prod(values.shape)
-    return oip.TensorValues(values.name, values.datatype, values.shape, data)
-
-
-def _flat(values: oip.TensorValues) -> list[Any]:
-    flat: list[Any] = values.data
-    while flat and isinstance(flat[0], list):
-        flat = [value for row in flat for value in row]
-    return flat
+    return "" if said(answer) else f"{answer.status} without a word why"
 
 
 # --- findings ---------------------------------------------------------------------------------

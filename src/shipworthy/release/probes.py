@@ -14,13 +14,16 @@ from typing import Any, Protocol
 import msgspec
 
 from shipworthy.domain.checklist import ATTESTED_BY
-from shipworthy.domain.contract import Contract, incompatibilities
+from shipworthy.domain.contract import OPERATIONS, Contract, incompatibilities
 from shipworthy.domain.findings import Finding, Verdict
 from shipworthy.domain.lifecycle import Release
 from shipworthy.domain.manifest import EndpointServing, Manifest
 from shipworthy.errors import Refused, RuntimeFailed, ShipworthyError
 from shipworthy.ports import Blobs, Progress
 from shipworthy.protocols import oip
+from shipworthy.protocols.messages import InvalidMessage
+from shipworthy.protocols.openai import read_request
+from shipworthy.protocols.questions import answer_problem, operation_of
 from shipworthy.release.verify import verify_release
 
 DAY = 86_400.0
@@ -92,7 +95,11 @@ async def probe_stored(
 def _reported(serving: EndpointServing, reported: str | None, now: float) -> Finding:
     same = reported == serving.served_model
     if reported is None:
-        verdict, observed = Verdict.INCONCLUSIVE, "the endpoint does not say what it serves"
+        verdict = Verdict.INCONCLUSIVE
+        observed = (
+            "the endpoint does not say what it serves, so its identity can't be attested; list the"
+            " model's files under artifacts, or leave this check out of the policy"
+        )
     else:
         verdict = Verdict.PASS if same else Verdict.FAIL
         observed = f"the endpoint says that it serves {reported}"
@@ -110,22 +117,35 @@ def _reported(serving: EndpointServing, reported: str | None, now: float) -> Fin
 async def probe_described(release: Release, *, now: float) -> Finding:
     """assets.described: training data, inputs and outputs are recorded, over all rows."""
     manifest = Manifest.model_validate(release.manifest)
+    contract, base = manifest.contract, manifest.base
+    trained = any(data.role == "train" for data in manifest.data)
     lacking: list[str] = []
-    if not any(data.role == "train" for data in manifest.data):
+    if not trained and (contract.tensors or base is None):
         lacking.append("no training data (role: train)")
-    if not manifest.contract.inputs:
+    if contract.tensors and not contract.inputs:
         lacking.append("no inputs")
-    if not manifest.contract.outputs:
+    if contract.tensors and not contract.outputs:
         lacking.append("no outputs")
+    if not contract.tensors and not contract.operations:
+        lacking.append("no operations (contract.operations)")
     size = sum(file.size for data in manifest.data for file in data.files)
-    recorded = (
-        f"{len(manifest.data)} data sets ({size:,} bytes, hashed in full),"
-        f" {len(manifest.contract.inputs)} inputs, {len(manifest.contract.outputs)} outputs"
-    )
+    takes = f"{len(contract.inputs)} inputs, {len(contract.outputs)} outputs"
+    if not contract.tensors:
+        takes = f"operations {', '.join(contract.operations) or 'not named'}"
+    recorded = f"{len(manifest.data)} data sets ({size:,} bytes, hashed in full), {takes}"
+    verdict, observed = Verdict.PASS, recorded
+    if lacking:
+        verdict, observed = Verdict.FAIL, f"{', '.join(lacking)}; recorded: {recorded}"
+    elif not trained and base is not None:
+        verdict = Verdict.INCONCLUSIVE
+        observed = (
+            f"what {base.model} was trained on is its maker's to say, and not recorded here; record"
+            " data with role: train, or leave this check out of the policy"
+        )
     return _finding(
         "assets.described",
-        Verdict.FAIL if lacking else Verdict.PASS,
-        f"{', '.join(lacking)}; recorded: {recorded}" if lacking else recorded,
+        verdict,
+        observed,
         "training data, inputs and outputs",
         now,
         VALID_FACTS,
@@ -169,20 +189,11 @@ async def _started(
         return Verdict.ERROR, str(error), {}
     own = " (no lock is pinned, so it is Shipworthy's own)" if not manifest.environment.lock else ""
     evidence = {"interpreter": started.interpreter, "seconds": round(started.seconds, 3)}
-    problem = _answer_problem(manifest.contract, sample, started.answer)
+    problem = answer_problem(manifest.contract, sample, started.answer)
     if problem:
         return Verdict.FAIL, f"it started, but its answer breaks the contract: {problem}", evidence
     observed = f"started in {started.seconds:.1f} s in {started.interpreter}{own} and answered"
     return Verdict.PASS, observed, evidence
-
-
-def _answer_problem(contract: Contract, sample: bytes, answer: bytes) -> str:
-    checker = oip.ContractChecker(contract)
-    try:
-        checker.check_response(oip.decode_response(answer), oip.decode_request(sample))
-    except ShipworthyError as error:
-        return str(error)
-    return ""
 
 
 async def probe_contact(
@@ -226,14 +237,13 @@ async def probe_contract(release: Release, samples: Sequence[bytes], *, now: flo
     `samples` are request bodies in the contract's own protocol.
     """
     contract = Manifest.model_validate(release.manifest).contract
-    checker = oip.ContractChecker(contract)
     problems: list[str] = []
     for number, body in enumerate(samples, 1):
         try:
-            checker.check_request(oip.decode_request(body))
+            _check_sample(contract, body)
         except ShipworthyError as error:
             problems.append(f"sample {number}: {error}")
-    if not contract.inputs or not contract.outputs:
+    if contract.tensors and (not contract.inputs or not contract.outputs):
         problems.append("inputs or outputs are not declared")
     verdict, observed = Verdict.PASS, f"accepts {len(samples)} of {len(samples)} samples"
     if problems:
@@ -251,6 +261,17 @@ async def probe_contract(release: Release, samples: Sequence[bytes], *, now: flo
         samples=len(samples),
         contract=msgspec.to_builtins(contract),
     )
+
+
+def _check_sample(contract: Contract, body: bytes) -> None:
+    """Raises InvalidMessage for a request that the contract does not allow."""
+    if contract.tensors:
+        oip.ContractChecker(contract).check_request(oip.decode_request(body))
+        return
+    operation = operation_of(body)
+    read_request(operation, body)
+    if operation not in (contract.operations or OPERATIONS):
+        raise InvalidMessage(f"it asks for {operation}, which contract.operations does not name")
 
 
 async def probe_compatible(release: Release, serving: Release | None, *, now: float) -> Finding:

@@ -130,12 +130,12 @@ def arm_of(release: Release, deployment: Deployment) -> Arm:
         ),
         served_model=served_model,
         contract=manifest.contract,
-        behaviour=_behaviour(manifest),
+        behaviour=behaviour_of(manifest),
         price=_price(manifest),
     )
 
 
-def _behaviour(manifest: Manifest) -> Behaviour | None:
+def behaviour_of(manifest: Manifest) -> Behaviour | None:
     """What the gateway adds to each request; None for nothing."""
     said = dict(manifest.behaviour or {})
     behaviour = Behaviour(

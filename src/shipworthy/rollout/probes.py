@@ -6,7 +6,7 @@ Each observes and says what it saw; none judges by what was merely asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -19,6 +19,8 @@ from shipworthy.ports import Blobs, HttpClient
 
 VALID_SECONDS = 24 * 3600.0
 """How long these findings may be relied on."""
+AskServed = Callable[[str], Awaitable[str | None]]
+"""What the server at an address says that it serves; None when it says nothing."""
 LEAST_REQUESTS = 20
 """Fewer answers than this say nothing about where the traffic goes."""
 
@@ -27,9 +29,7 @@ async def probe_parity(
     release: Release, endpoints: Sequence[str], http: HttpClient, *, now: float
 ) -> Finding:
     """parity.version: the digest that each endpoint reports is the one that was registered."""
-    reported = {
-        endpoint: await _reported(endpoint, release.model, http, _digest) for endpoint in endpoints
-    }
+    reported = {endpoint: await _reported(endpoint, release.model, http) for endpoint in endpoints}
     wrong = {url: digest for url, digest in reported.items() if digest != release.digest}
     silent = [url for url, digest in wrong.items() if not digest.startswith("sha256:")]
     if not reported or silent:
@@ -45,19 +45,15 @@ async def probe_endpoint_parity(
     release: Release,
     served_model: str,
     endpoints: Sequence[str],
-    http: HttpClient,
+    asked: AskServed,
     *,
-    headers: Mapping[str, str],
     now: float,
 ) -> Finding:
     """parity.version for a server elsewhere: it reports the model that the release names.
 
     What lies behind that name is the endpoint's own word, so a pass is attested by it.
     """
-    reported = {
-        endpoint: await _reported(endpoint, served_model, http, _name, headers)
-        for endpoint in endpoints
-    }
+    reported = {endpoint: await _told(endpoint, asked) for endpoint in endpoints}
     evidence: dict[str, Any] = {"reported": reported, "registered": release.digest}
     wrong = [f"{url}: {said}" for url, said in reported.items() if said != served_model]
     if not reported:
@@ -68,6 +64,13 @@ async def probe_endpoint_parity(
         verdict, observed = Verdict.PASS, f"{len(reported)} endpoints report {served_model}"
         evidence[ATTESTED_BY] = ", ".join(reported)
     return _parity(verdict, observed, served_model, evidence, now)
+
+
+async def _told(endpoint: str, asked: AskServed) -> str:
+    try:
+        return await asked(endpoint) or "does not say what it serves"
+    except ShipworthyError as error:
+        return f"does not answer ({error})"
 
 
 def _parity(
@@ -84,33 +87,19 @@ def _parity(
     )
 
 
-async def _reported(
-    endpoint: str,
-    model: str,
-    http: HttpClient,
-    read: Callable[[Any], object],
-    headers: Mapping[str, str] | None = None,
-) -> str:
-    """What an endpoint's metadata says of its model, or why it says nothing."""
+async def _reported(endpoint: str, model: str, http: HttpClient) -> str:
+    """The digest in an endpoint's metadata of its model, or why there is none."""
     url = f"{endpoint.rstrip('/')}/v2/models/{quote(model, safe='')}"
     try:
-        answer = await http.request("GET", url, headers=headers, timeout=5.0)
+        answer = await http.request("GET", url, timeout=5.0)
     except ShipworthyError as error:
         return f"does not answer ({error})"
     if answer.status != 200:
         return f"answers {answer.status}"
     try:
-        return str(read(json.loads(answer.body)))
+        return str(json.loads(answer.body)["parameters"]["digest"])
     except (ValueError, KeyError, TypeError):
         return "does not say what it serves"
-
-
-def _digest(metadata: Any) -> object:
-    return metadata["parameters"]["digest"]
-
-
-def _name(metadata: Any) -> object:
-    return metadata["name"]
 
 
 def probe_traffic(

@@ -13,10 +13,12 @@ from urllib.parse import quote
 
 import msgspec
 
+from shipworthy.domain.contract import Protocol
 from shipworthy.domain.lifecycle import Deployment, Release
 from shipworthy.domain.manifest import EndpointServing, Manifest
 from shipworthy.errors import RuntimeFailed, ShipworthyError, Unavailable
-from shipworthy.ports import HttpClient
+from shipworthy.ports import HttpClient, HttpResponse
+from shipworthy.protocols.questions import base_of
 
 _EVERY: Final = 5.0  # seconds between probes
 _PATIENCE: Final = 3  # failed probes in a row before it counts as a problem
@@ -31,18 +33,29 @@ class EndpointRuntime:
 
     async def start(self, release: Release, deployment: Deployment) -> tuple[EndpointReplica, ...]:  # noqa: ARG002
         """Begin to probe each of the manifest's URLs."""
-        serving = Manifest.model_validate(release.manifest).serving
+        manifest = Manifest.model_validate(release.manifest)
+        serving, protocol = manifest.serving, manifest.contract.protocol
         if not isinstance(serving, EndpointServing):
             raise RuntimeFailed(f"{release.name} has no endpoint; use the process runtime")
-        return tuple(EndpointReplica(url, serving, self._http, self._every) for url in serving.urls)
+        return tuple(
+            EndpointReplica(url, serving, protocol, self._http, self._every) for url in serving.urls
+        )
 
 
 class EndpointReplica:
     """One URL. Implements ports.RunningReplica."""
 
-    def __init__(self, url: str, serving: EndpointServing, http: HttpClient, every: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        serving: EndpointServing,
+        protocol: Protocol,
+        http: HttpClient,
+        every: float,
+    ) -> None:
         self._where = url
         self._serving = serving
+        self._protocol: Protocol = protocol
         self._http = http
         self._every = every
         self._url: str | None = None
@@ -78,7 +91,7 @@ class EndpointReplica:
         failed = 0
         while True:
             try:
-                await probe(self._where, self._serving, self._http)
+                await probe(self._where, self._serving, self._protocol, self._http)
             except ShipworthyError as error:
                 failed += 1
                 if failed >= _PATIENCE:
@@ -89,31 +102,70 @@ class EndpointReplica:
             await asyncio.sleep(self._every)
 
 
-async def probe(url: str, serving: EndpointServing, http: HttpClient) -> None:
+async def probe(url: str, serving: EndpointServing, protocol: Protocol, http: HttpClient) -> None:
     """Whether the server answers for the model: RuntimeFailed or Unavailable says why not.
 
-    A URL that ends in `/v1` is asked as an OpenAI server (`/models` must list the model), any other
-    one as the Open Inference Protocol has it.
+    An OpenAI server has to list the model. One that scores for MLflow tells only that it is up: it
+    serves one model, and has no name for it.
     """
-    headers: dict[str, str] = {}
-    if serving.credential is not None:
-        headers["authorization"] = f"Bearer {read_credential(serving.credential)}"
-    base = url.rstrip("/")
-    openai = base.endswith("/v1")
     name = serving.served_model
-    path = "/models" if openai else f"/v2/models/{quote(name, safe='')}/ready"
-    try:
-        response = await http.request("GET", base + path, headers=headers)
-    except TimeoutError:
-        raise Unavailable(f"{url} does not answer in time; see to the server") from None
+    response = await _get(
+        url, _READY[protocol].format(quote(name, safe="")), serving, protocol, http
+    )
     if response.status in (401, 403):
         raise RuntimeFailed(f"{url} refuses our credential (HTTP {response.status}); renew it")
     if response.status != 200:
         raise RuntimeFailed(
             f"{url} is not ready for {name!r} (HTTP {response.status}); see to the server"
         )
-    if openai and name not in _listed(response.body):
+    if protocol == "openai" and name not in listed_models(response.body):
         raise RuntimeFailed(f"{url} does not list {name!r}; correct serving.served_model")
+
+
+async def reported_model(
+    url: str, serving: EndpointServing, protocol: Protocol, http: HttpClient
+) -> str | None:
+    """What the server says that it serves under the name of the release: the very name if so.
+
+    None when it says nothing, as an MLflow server never does. Unavailable when it does not answer.
+    """
+    if protocol == "mlflow":
+        return None
+    name = serving.served_model
+    path = _NAMED[protocol].format(quote(name, safe=""))
+    response = await _get(url, path, serving, protocol, http)
+    if response.status != 200:
+        return f"nothing (HTTP {response.status})"
+    if protocol == "openai":
+        models = listed_models(response.body)
+        return name if name in models else ", ".join(models) or None
+    try:
+        return msgspec.json.decode(response.body, type=_Named).name
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+_READY: Final[dict[Protocol, str]] = {
+    "openai": "/models",
+    "mlflow": "/ping",
+    "oip-v2": "/v2/models/{}/ready",
+}
+_NAMED: Final[dict[Protocol, str]] = {"openai": "/models", "oip-v2": "/v2/models/{}"}
+
+
+async def _get(
+    url: str, path: str, serving: EndpointServing, protocol: Protocol, http: HttpClient
+) -> HttpResponse:
+    try:
+        return await http.request(
+            "GET", base_of(url, protocol) + path, headers=authorisation(serving)
+        )
+    except TimeoutError:
+        raise Unavailable(f"{url} does not answer in time; see to the server") from None
+
+
+class _Named(msgspec.Struct):
+    name: str
 
 
 class _Model(msgspec.Struct):
@@ -121,14 +173,22 @@ class _Model(msgspec.Struct):
 
 
 class _Models(msgspec.Struct):
-    data: tuple[_Model, ...] = ()
+    data: tuple[_Model, ...]
 
 
-def _listed(body: bytes) -> set[str]:
+def listed_models(body: bytes) -> tuple[str, ...]:
+    """The names in an OpenAI server's list; none when it is no such list."""
     try:
-        return {model.id for model in msgspec.json.decode(body, type=_Models).data}
-    except msgspec.DecodeError:
-        return set()
+        return tuple(model.id for model in msgspec.json.decode(body, type=_Models).data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return ()
+
+
+def authorisation(serving: EndpointServing) -> dict[str, str]:
+    """The header that carries the server's credential, if it has one."""
+    if serving.credential is None:
+        return {}
+    return {"authorization": f"Bearer {read_credential(serving.credential)}"}
 
 
 def read_credential(reference: str) -> str:

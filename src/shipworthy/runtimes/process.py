@@ -22,10 +22,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from shipworthy.domain.contract import Protocol
 from shipworthy.domain.lifecycle import Deployment, Release
 from shipworthy.domain.manifest import Manifest, ProcessServing, Resources
 from shipworthy.errors import RuntimeFailed, ShipworthyError, Unavailable
 from shipworthy.ports import Blobs, HttpClient
+from shipworthy.protocols.questions import HEALTH, base_of
 from shipworthy.runtimes.environments import Environments
 from shipworthy.runtimes.folder import materialise
 from shipworthy.runtimes.hosts import LONG_LIFE, backoff, ending
@@ -115,6 +117,7 @@ class _Deployed:
         self.artifacts = folder / "artifacts"
         self.manifest_file = folder / "manifest.json"
         self.doing = "waiting to start"
+        self.protocol = manifest.contract.protocol
         self._manifest = manifest
         self._blobs = blobs
         self._environments = environments
@@ -185,6 +188,7 @@ class ProcessReplica:
     ) -> None:
         self._deployed = deployed
         self._serving = serving
+        self._protocol: Protocol = deployed.protocol
         self._log = log
         self._ready_file = deployed.folder / f"replica-{index}.json"
         self._http = http
@@ -320,7 +324,9 @@ class ProcessReplica:
     async def _probe(self, url: str) -> int | None:
         """The HTTP status of its readiness; None without an answer."""
         try:
-            response = await self._http.request("GET", f"{url}/v2/health/ready", timeout=2.0)
+            response = await self._http.request(
+                "GET", base_of(url, self._protocol) + HEALTH[self._protocol], timeout=2.0
+            )
         except (Unavailable, OSError):  # TimeoutError is one
             return None
         return response.status

@@ -26,15 +26,11 @@ from shipworthy.protocols.openai import (
     with_behaviour,
 )
 from shipworthy.protocols.outcomes import Reason
+from shipworthy.protocols.questions import PATHS
 
 if TYPE_CHECKING:
     from shipworthy.gateway.live import LiveArm
 
-PATHS: Final[dict[Operation, str]] = {
-    "chat": "/chat/completions",
-    "completions": "/completions",
-    "embeddings": "/embeddings",
-}
 _MAY_REFUSE_INPUT: Final = frozenset({400, 413, 422})
 _EXPECTED_OUTPUT: Final = 256  # tokens reserved where nobody says how many there may be
 
