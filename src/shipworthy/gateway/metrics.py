@@ -160,9 +160,11 @@ class Metrics:
 
     def tokens(self, plan: str, received: int, sent: int, cost: float) -> None:
         """Count a call's tokens, in and out, and what it cost."""
-        self._tokens.labels(plan, "in").inc(received)
-        self._tokens.labels(plan, "out").inc(sent)
-        self._cost.labels(plan).inc(cost)
+        values = self._tokens.values
+        for key, count in (((plan, "in"), received), ((plan, "out"), sent)):
+            values[key] = values.get(key, 0.0) + count
+        if cost:
+            self._cost.labels(plan).inc(cost)
 
     def stream(self, plan: str, first: float, gap: float | None) -> None:
         """Count a stream: seconds to its first content, and between two events with content.

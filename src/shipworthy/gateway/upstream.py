@@ -242,10 +242,13 @@ class Upstream:
 
         `when_late` is the reason if the time runs out: it may have been the client's to set.
         """
-        deadline = asyncio.get_running_loop().time() + seconds
+        now = asyncio.get_running_loop().time()
+        deadline = now + seconds
         endpoint.outstanding += 1
         try:
-            wire = await self._take(endpoint, connect_seconds, seconds)
+            wire = endpoint.pool.kept(now)
+            if wire is None:
+                wire = await self._take(endpoint, connect_seconds, seconds)
             await wire.ask(
                 endpoint.message(outgoing), limit=self._options.max_response, deadline=deadline
             )

@@ -311,10 +311,8 @@ class Pool:
         self.origin = origin
         self._idle: list[Wire] = []
 
-    async def take(self, connect_seconds: float) -> Wire:
-        """A connection, kept or new. Raises Unreachable or NoConnectionInTime."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+    def kept(self, now: float) -> Wire | None:
+        """A connection that was kept, if there is one; `now` is the loop's time."""
         while self._idle:
             wire = self._idle.pop()
             if (
@@ -325,7 +323,12 @@ class Pool:
                 wire.abort()
                 continue
             return wire
-        return await self._connect(loop, connect_seconds)
+        return None
+
+    async def take(self, connect_seconds: float) -> Wire:
+        """A connection, kept or new. Raises Unreachable or NoConnectionInTime."""
+        loop = asyncio.get_running_loop()
+        return self.kept(loop.time()) or await self._connect(loop, connect_seconds)
 
     def give_back(self, wire: Wire) -> None:
         """Keep it for the next request, if it can be."""
