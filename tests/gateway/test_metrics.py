@@ -53,6 +53,7 @@ def use_all(metrics: Metrics) -> None:
     metrics.redacted("assistant", "email", 3)
     metrics.hedged("digits", won=True)
     metrics.settle_dropped({"disk": 2}, 1_700_000_000.0)
+    metrics.settle_spans({"full": 2})
     metrics.endpoints.set(2, "ejected")
     metrics.connections.set(5)
     metrics.streams.inc()
