@@ -154,10 +154,10 @@ class Call:
     """What the record is made of. Times are monotonic seconds unless they say Unix."""
 
     __slots__ = (
-        "admission", "answered_by", "arm", "ask", "attempts", "choice", "context", "deadline",
-        "first_seconds", "id", "key", "live", "outcome", "passed_on", "patience", "pinned",
-        "reason", "request", "response_bytes", "sent", "serving", "slices", "started", "timing",
-        "traceparent", "unit", "usage",
+        "admission", "answered_by", "arm", "ask", "asked_at", "attempts", "choice", "context",
+        "deadline", "first_seconds", "id", "key", "live", "outcome", "passed_on", "patience",
+        "pinned", "reason", "request", "response_bytes", "sent", "serving", "slices", "started",
+        "timing", "traceparent", "unit", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -184,6 +184,7 @@ class Call:
         self.context: TraceContext | None = None
         self.traceparent: str | None = None
         self.passed_on = b""  # header lines for whoever answers
+        self.asked_at = 0.0  # Unix
         self.started = 0.0
         self.deadline = 0.0
         self.patience = _MAX_DEADLINE

@@ -101,7 +101,8 @@ class InferenceDoor:
         if b"x-shipworthy-slice" in headers:
             call.slices = slices_of(request)
         call.trace(self._context(headers))
-        call.id = self._tickets.issue(at=self._clock(), key=key.id, arm=choice.arm, unit=call.unit)
+        call.asked_at = self._clock()
+        call.id = self._tickets.issue(at=call.asked_at, key=key.id, arm=choice.arm, unit=call.unit)
         return call
 
     def _write(self, call: Call, status: int, response: bytes) -> None:

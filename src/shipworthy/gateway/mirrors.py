@@ -140,6 +140,7 @@ class Mirrors:
             id=f"{self._prefix}{int(now * 1000):x}{next(self._numbers):x}",
             at=now,
             inference=first.id,
+            asked_at=first.asked_at,
             plan=plan.name,
             model=plan.model,
             release=arm.arm.release,
