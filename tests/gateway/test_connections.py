@@ -361,3 +361,16 @@ def test_a_worker_serves_no_more_connections_than_it_has_descriptors_for(monkeyp
     limits.append((1024, 1_000_000))
     assert _with_descriptors(GatewayOptions(max_connections=1024)).max_connections == 1024
     assert limits[-1][0] >= 4096
+
+
+async def test_trace_headers_that_come_twice_are_taken_together(worker, model):
+    """Two parents are none; states in pieces are one."""
+    await worker.start()
+    body = msgspec.json.encode(model.request_of())
+    parent = "traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    lines = (f"content-length: {len(body)}", "connection: close", parent)
+    answer = await worker.raw(head(worker, *lines, "tracestate: a=1", "tracestate: b=2") + body)
+    assert status_of(answer) == 200
+    assert worker.model.received[-1].headers["tracestate"] == "a=1,b=2"
+    await worker.raw(head(worker, *lines, parent) + body)
+    assert "traceparent" not in worker.model.received[-1].headers

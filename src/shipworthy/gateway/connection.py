@@ -35,6 +35,7 @@ _LINGER_BYTES: Final = 4 * 1024 * 1024
 _MAX_LINE: Final = 16  # requests sent ahead, beyond which no more is read for now
 _SMALL_BODY: Final = 100_000  # read and thrown away where a door takes none
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
+_JOINED: Final = frozenset({b"traceparent", b"tracestate"})  # of others the last one counts
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _STATUS_LINES: Final = {
     status.value: b"HTTP/1.1 %d %s\r\n" % (status.value, status.phrase.encode())
@@ -232,7 +233,10 @@ class ClientConnection(asyncio.Protocol):
         headers = self._receiving.headers  # type: ignore[union-attr]  # a message has begun
         self._headers += 1
         self._header_bytes += len(name) + len(value) + 4
-        headers[name.lower()] = value
+        name = name.lower()
+        if name in _JOINED and name in headers:
+            value = headers[name] + b"," + value
+        headers[name] = value
         if self._header_bytes > self._options.max_head:
             self._stop_parser(431, "the headers are too large; send fewer or shorter ones")
         if self._headers > self._options.max_headers:
