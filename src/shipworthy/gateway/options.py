@@ -55,7 +55,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_seconds: float = 75.0
     slow_reader_seconds: float = 30.0
 
-    max_in_flight: int = 256
+    max_in_flight: int = 1024
     max_queued: int = 256
     queue_seconds: float = 1.0
 
