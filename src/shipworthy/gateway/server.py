@@ -83,9 +83,10 @@ async def serve(
         secure = Certificate(options.tls) if options.tls else None
         with _stopped_by_signals(ending):
             async with (
+                # Both go on while it drains: keys are revoked then, too.
                 _in_background(_each_second(connections, parts, secure, heartbeat)),
-                _listening(options, connections, secure) as address,
                 _in_background(parts.follower.follow(options.snapshot_seconds)),
+                _listening(options, connections, secure) as address,
             ):
                 _announce(options, address, ready)
                 await ending.wait()
