@@ -475,6 +475,17 @@ class Worker:
         body = asked.pop("body", None) or chat_of(**asked)
         return await self.ask("POST", "/v1/chat/completions", key=key, body=body, headers=headers)
 
+    @contextlib.asynccontextmanager
+    async def watching(self, **asked: Any) -> AsyncGenerator[aiohttp.ClientResponse]:
+        """A chat's stream, to be read piece by piece."""
+        key = self.keys[asked.pop("key", "client")]
+        async with self.client.post(
+            self.url + "/v1/chat/completions",
+            data=msgspec.json.encode(chat_of(stream=True, **asked)),
+            headers={"Authorization": f"Bearer {key}"},
+        ) as response:
+            yield response
+
     async def until(self, holds: Callable[[], bool], seconds: float = 3.0) -> None:
         async with asyncio.timeout(seconds):
             while not holds():  # noqa: ASYNC110  # what is waited for sets no event

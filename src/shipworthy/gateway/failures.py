@@ -44,6 +44,7 @@ TEXT: Final = {
     Reason.NARROWED_CONTRACT: "this release no longer accepts such a request",
     Reason.EJECTED: "this release keeps failing and is not called for now",
     Reason.FULL: "too many requests are waiting for the model; try again in a moment",
+    Reason.CLIENT_GONE: "the answer was not read in time",
     Reason.CLIENT_DEADLINE: "the deadline that the request set is over",
     Reason.GATEWAY_FAULT: "the gateway can open no more connections; try again in a moment",
 }

@@ -68,15 +68,25 @@ class OpenStream:
                 return self._absorb(data)
         except TooLate:
             self.reason = when_late
-        except (WireError, EventTooLarge):
+        except WireError:
             self.reason = Reason.BROKEN
         else:  # the answer is over; with a word, if it was meant to be
             self.reason = Reason.BROKEN if self.reader.broken_off else Reason.ANSWERED
         return []
 
     def _absorb(self, data: bytes) -> list[bytes]:
+        try:
+            events = self._splitter.feed(data)
+        except EventTooLarge as problem:
+            passed = self._passed(problem.before)
+            self.reason = self.reason or Reason.BROKEN
+            return passed
+        return self._passed(events)
+
+    def _passed(self, events: list[bytes]) -> list[bytes]:
+        """What of these events the client gets."""
         passed: list[bytes] = []
-        for event in self._splitter.feed(data):
+        for event in events:
             if self.reason is not None:
                 break
             seen = self.reader.see(event)
@@ -243,16 +253,20 @@ class Streams:
         end = clock() + limits.stream
         passed, stream.held = stream.held, []
         timing = call.timing
+        slow = False
         while True:
             if passed:
                 data = passed[0] if len(passed) == 1 else b"".join(passed)
                 kept.add(data)
                 client.send(data)
-                if client.paused:
+                slow = client.paused
+                if slow:
                     await client.drained(self._slow)
             if stream.reason is not None:
                 return stream.reason
             before, now = reader.pieces, clock()
+            if now >= end:
+                return Reason.CLIENT_GONE if slow else Reason.TIMEOUT
             idle = now + limits.idle
             late = Reason.IDLE if idle < end else Reason.TIMEOUT
             passed = await stream.more(min(idle, end), late)

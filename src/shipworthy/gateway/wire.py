@@ -86,7 +86,7 @@ class Wire(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_broken", "_complete", "_deadline", "_head_bytes", "_headed", "_lasting", "_limit",
+        "_broken", "_complete", "_deadline", "_due", "_head_bytes", "_headed", "_lasting", "_limit",
         "_loop", "_parser", "_parts", "_paused", "_size", "_timer", "_transport", "_until_close",
         "_waiter", "_whole", "born", "headers", "idle_since", "lost", "status",
     )  # fmt: skip
@@ -102,7 +102,7 @@ class Wire(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._whole = True  # whether the waiter waits for the whole answer
         self._timer: asyncio.TimerHandle | None = None
-        self._deadline = 0.0
+        self._deadline = self._due = 0.0  # when it is late, and when the timer goes off
         self._limit = 0
         self._reset()
 
@@ -138,6 +138,7 @@ class Wire(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is closed: the end of an answer that has no other, else too early."""
         self.lost = True
+        self._rest_timer()
         if self._complete:
             return
         if exc is None and self._headed and self._until_close:
@@ -258,8 +259,8 @@ class Wire(asyncio.Protocol):
             raise Broken(self._broken or "the connection was closed")
         waiter = self._waiter = self._loop.create_future()
         self._deadline = deadline
-        if self._timer is None:
-            self._timer = self._loop.call_at(deadline, self._is_late)
+        if self._timer is None or deadline < self._due:
+            self._set_timer(deadline)
         try:
             await waiter
         except asyncio.CancelledError:
@@ -275,9 +276,15 @@ class Wire(asyncio.Protocol):
     def _is_late(self) -> None:
         self._timer = None
         if self._deadline > self._loop.time() + 0.001:  # it has moved on since
-            self._timer = self._loop.call_at(self._deadline, self._is_late)
+            self._set_timer(self._deadline)
         elif self._waiter is not None:
             self._break(_LATE)
+
+    def _set_timer(self, due: float) -> None:
+        """Have a look then; a deadline that moves on later costs no other timer."""
+        self._rest_timer()
+        self._due = due
+        self._timer = self._loop.call_at(due, self._is_late)
 
     def _rest_timer(self) -> None:
         if self._timer is not None:

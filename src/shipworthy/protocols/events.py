@@ -5,6 +5,7 @@ Events stay bytes as they came: line ends, comments and unknown fields pass thro
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Final
 
 import msgspec
@@ -20,7 +21,14 @@ _encode = msgspec.json.Encoder().encode
 
 
 class EventTooLarge(InvalidMessage):
-    """An event is longer than we are willing to hold; the rest of its stream can't be read."""
+    """An event is longer than we are willing to hold; the rest of its stream can't be read.
+
+    `before` are the events that were over before it began.
+    """
+
+    def __init__(self, message: str, before: list[bytes]) -> None:
+        super().__init__(message)
+        self.before = before
 
 
 class EventSplitter:
@@ -68,7 +76,8 @@ class EventSplitter:
         self._scan = ends.scan - start
         self._keep(buffer, start)
         if size > self._max and max(size - start, 0, *map(len, events)) > self._max:
-            raise EventTooLarge(f"stream: an event is longer than {self._max} bytes")
+            before = list(takewhile(lambda event: len(event) <= self._max, events))
+            raise EventTooLarge(f"stream: an event is longer than {self._max} bytes", before)
         return events
 
     def _keep(self, buffer: bytes | bytearray, start: int) -> None:
