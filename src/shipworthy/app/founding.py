@@ -14,6 +14,7 @@ from shipworthy.errors import Conflict, InvalidDocument, NotFound, UsageError
 from shipworthy.protocols.documents import read_document
 from shipworthy.release.catalogue import built_in
 from shipworthy.rollout.intents import put_policy
+from shipworthy.rollout.unheeded import unheeded
 from shipworthy.settings import FILE, STATE
 
 _SETTINGS = """\
@@ -72,12 +73,16 @@ def _waive_four_eyes(session: Session) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What became of a policy file: changes as `path: before → after`, none when in force."""
+    """What became of a policy file: changes as `path: before → after`, none when in force.
+
+    `notes` say what it asks for that is not done as things stand.
+    """
 
     file: str
     model: str
     new: bool
     changes: list[str]
+    notes: list[str]
 
 
 def apply_policies(session: Session, source: Path, *, dry_run: bool) -> list[Applied]:
@@ -93,7 +98,9 @@ def apply_policies(session: Session, source: Path, *, dry_run: bool) -> list[App
         for file, policy in policies:
             before = tx.policies.current(policy.model)
             changes = _changes(before, policy)
-            applied.append(Applied(file, policy.model, before is None, changes))
+            applied.append(
+                Applied(file, policy.model, before is None, changes, unheeded(tx, policy))
+            )
             if not dry_run:
                 put_policy(tx, policy, by=actor.id, at=now)
     return applied

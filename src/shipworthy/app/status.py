@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Mapping
 from contextlib import suppress
 
 import msgspec
@@ -11,9 +12,11 @@ from shipworthy.app.health import troubles
 from shipworthy.app.session import Session
 from shipworthy.domain.lifecycle import Deployment, DeploymentState, Release, TrafficCount
 from shipworthy.domain.names import ReleaseReference, Stage, plan_name
-from shipworthy.domain.plan import BUCKETS
+from shipworthy.domain.plan import BUCKETS, Limits, Mirror, Plan
+from shipworthy.domain.policy import Policy
 from shipworthy.domain.rollout import RolloutState, RolloutStatus, missing_to_go_up
 from shipworthy.ports import Transaction
+from shipworthy.rollout.unheeded import unheeded
 from shipworthy.settings import Project
 from shipworthy.stores.snapshots import newest_snapshot
 
@@ -56,13 +59,20 @@ class RolloutStatusLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One model."""
+    """One model.
+
+    `mirror` and `limits` are what the gateway does in production, in words; empty for nothing.
+    `unheeded` says what the policy asks for and is not done.
+    """
 
     model: str
     releases: int
     newest: str
     serving: list[Serving]
     rollout: RolloutStatusLine | None
+    mirror: str = ""
+    limits: str = ""
+    unheeded: list[str] = []
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +88,10 @@ def status_of(session: Session, model: str | None = None) -> Status:
     """Look at the whole project, or one model of it."""
     now = session.clock()
     with session.ledger.read() as tx:
-        models = [_model(tx, name, now) for name in tx.stages.models() if model in (None, name)]
+        plans = tx.plans.all()
+        models = [
+            _model(tx, name, now, plans) for name in tx.stages.models() if model in (None, name)
+        ]
         waiting = [
             f"{intent.model}: a request to {intent.kind} waits: {intent.answer or 'unanswered'}"
             for intent in tx.intents.open()
@@ -138,7 +151,10 @@ def up_for(project: Project, now: float) -> float:
     return now - (project.state / LOCK).stat().st_mtime
 
 
-def _model(tx: Transaction, name: str, now: float) -> ModelStatus:
+def _model(tx: Transaction, name: str, now: float, plans: Mapping[str, Plan]) -> ModelStatus:
+    stored = tx.policies.current(name)
+    policy = Policy.model_validate(stored.document) if stored else None
+    live = plans.get(name)
     releases = tx.releases.list(name)
     deployments = tx.deployments.list(name)
     rollout = tx.rollouts.latest(name)
@@ -162,7 +178,25 @@ def _model(tx: Transaction, name: str, now: float) -> ModelStatus:
         newest=releases[0].name if releases else "",
         serving=serving,
         rollout=_rollout(rollout, now) if rollout else None,
+        mirror=_mirror(live.mirror) if live and live.mirror else "",
+        limits=_limits(live.limits) if live else "",
+        unheeded=unheeded(tx, policy) if policy else [],
     )
+
+
+def _mirror(mirror: Mirror) -> str:
+    budget = "" if mirror.budget_per_day is None else f", for {mirror.budget_per_day:g} a day"
+    return f"{mirror.share:.4g} of the requests are copied to {mirror.arm.release}{budget}"
+
+
+def _limits(limits: Limits) -> str:
+    said = {
+        "requests a minute": limits.requests_per_minute,
+        "tokens a minute": limits.tokens_per_minute,
+        "at once": limits.concurrency,
+        "money a day": limits.budget_per_day,
+    }
+    return ", ".join(f"{most:,} {what}" for what, most in said.items() if most is not None)
 
 
 def _share(active: RolloutState | None, digest: str) -> float:
@@ -238,7 +272,7 @@ def _needs(status: ModelStatus) -> list[str]:
         for line in status.serving
         if line.state in {DeploymentState.FAILED, DeploymentState.STOPPED}
     ]
-    return needs
+    return needs + status.unheeded
 
 
 def _first_sentence(text: str) -> str:

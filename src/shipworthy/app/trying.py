@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,21 @@ from shipworthy.app.asking import ask, await_answer
 from shipworthy.app.founding import apply_policies, make_project
 from shipworthy.app.gateway_address import gateway_url
 from shipworthy.app.http import AiohttpClient
-from shipworthy.app.releasing import look_at, register
+from shipworthy.app.releasing import look_at, read_requests, register
 from shipworthy.app.session import PROJECT_VARIABLE, Session, open_session
 from shipworthy.app.status import is_running
 from shipworthy.app.supervisor import Up, run
 from shipworthy.domain.contract import Contract
 from shipworthy.domain.lifecycle import IntentKind, IntentStatus, Release
 from shipworthy.domain.manifest import ArtifactFormat, EndpointServing, ReleaseSpec
-from shipworthy.domain.names import MODEL, Stage
+from shipworthy.domain.names import MODEL, Stage, plan_name
 from shipworthy.errors import Conflict, NotFound, RuntimeFailed, UnsafeArtifact, UsageError
 from shipworthy.protocols import oip
 from shipworthy.protocols.documents import read_document, write_document
 from shipworthy.protocols.oip import TensorValues
+from shipworthy.protocols.questions import PATHS, addressed, operation_of, write_samples
 from shipworthy.runtimes.endpoint import read_credential
-from shipworthy.runtimes.inspection import inspect_endpoint
+from shipworthy.runtimes.servers import Asking, ServerInspection, inspect_server
 
 START_SECONDS = 900.0
 LEAST_REASON = 8
@@ -44,20 +46,29 @@ _ZERO: dict[str, Any] = {"BOOL": False, "BYTES": "text"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What to try. `unsafe` is the reason for loading a file that can run code."""
+    """What to try.
+
+    `unsafe` is the reason for loading a file that can run code. `served_model` is its name on a
+    server that serves several, an adapter's (LoRA) too.
+    """
 
     target: str
     sample: Path | None = None
     name: str | None = None
     unsafe: str | None = None
     credential: str | None = None
+    served_model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A release that was made, a request that it takes, and the files written on the way."""
+    """A release that was made, a request that it takes, and the files written on the way.
+
+    `path` is where the gateway takes that request.
+    """
 
     release: Release
+    path: str
     sample_request: str
     release_file: Path
     written: tuple[Path, ...]
@@ -83,7 +94,7 @@ def look_and_register(session: Session, wanted: Wanted) -> Tried:
     if re.match(r"https?://", wanted.target):
         return asyncio.run(_try_endpoint(session, wanted))
     if "://" in wanted.target or wanted.target.startswith("models:"):
-        message = f"{wanted.target} can't be read; give a model file, or the URL of an OIP server"
+        message = f"{wanted.target} can't be read; give a model file, or the URL of a server"
         raise UsageError(message)
     return _try_file(session, wanted)
 
@@ -94,7 +105,7 @@ def look_and_register(session: Session, wanted: Wanted) -> Tried:
 def _try_file(session: Session, wanted: Wanted) -> Tried:
     file = Path(wanted.target)
     if not file.is_file():
-        message = f"no file {file}; give a model file, or the URL of an OIP server"
+        message = f"no file {file}; give a model file, or the URL of a server"
         raise NotFound(message)
     folder = file.parent
     release_file, spec = _described(folder, _spec_of(file, wanted))
@@ -107,7 +118,11 @@ def _try_file(session: Session, wanted: Wanted) -> Tried:
     written += _ensure_policy(session, folder, spec.model)
     request = _one_row(seen.sample_request, seen.contract)
     notes = (*(f"Note: {note}." for note in seen.notes), made.sentence)
-    return Tried(made.release, request, release_file, tuple(written), notes)
+    return Tried(made.release, _infer(spec.model), request, release_file, tuple(written), notes)
+
+
+def _infer(model: str) -> str:
+    return f"/v2/models/{plan_name(model, Stage.DEVELOPMENT)}/infer"
 
 
 def _spec_of(file: Path, wanted: Wanted) -> ReleaseSpec:
@@ -223,10 +238,20 @@ def _one_row(request: bytes | None, contract: Contract) -> str:
 
 
 async def _try_endpoint(session: Session, wanted: Wanted) -> Tried:
-    token = read_credential(wanted.credential) if wanted.credential else None
+    asking = Asking(
+        url=wanted.target,
+        model=wanted.served_model,
+        name=wanted.name,
+        credential=read_credential(wanted.credential) if wanted.credential else None,
+        rows=wanted.sample,
+        requests=_own_requests(wanted),
+    )
     async with AiohttpClient() as http:
-        seen = await inspect_endpoint(wanted.target, http, credential=token, model=wanted.name)
-    model = wanted.name or _name(seen.model)
+        seen = await inspect_server(asking, http)
+    if seen.model is None:
+        message = f"{seen.base_url} does not tell what its model is called; name it with --name"
+        raise UsageError(message)
+    model = wanted.name or _name(seen.model.rpartition("/")[2])
     folder = session.project.root / model
     folder.mkdir(exist_ok=True)
     serving = {
@@ -235,18 +260,48 @@ async def _try_endpoint(session: Session, wanted: Wanted) -> Tried:
         "served_model": seen.model,
         "credential": wanted.credential,
     }
-    content = {"model": model, "serving": serving, "data": _sample(wanted, folder)}
+    written = _keep_requests(folder, seen, wanted)
+    data = [{"name": "sample", "path": file.name, "role": "sample"} for file in written]
+    content = {"model": model, "serving": serving, "data": data or _sample(wanted, folder)}
     spec = read_document(msgspec.json.encode(content), wanted.target, ReleaseSpec)
     release_file, spec = _described(folder, spec)
     spec = spec.model_copy(update={"contract": seen.contract})
     made = register(session, spec, folder)
-    written = [_write(release_file, spec), *_ensure_policy(session, folder, model)]
-    notes = (
-        f"{seen.base_url} serves {seen.model} ({seen.platform or seen.server}).",
-        made.sentence,
-    )
-    request = _one_row(None, seen.contract)
-    return Tried(made.release, request, release_file, tuple(written), notes)
+    written += [_write(release_file, spec), *_ensure_policy(session, folder, model)]
+    path, request = _request_for(plan_name(model, Stage.DEVELOPMENT), seen)
+    notes = (seen.seen, made.sentence)
+    return Tried(made.release, path, request, release_file, tuple(written), notes)
+
+
+def _own_requests(wanted: Wanted) -> list[bytes]:
+    """The requests in the sample, if it is one for a language model."""
+    sample = wanted.sample
+    if sample is None or sample.suffix.lower() not in {".json", ".jsonl", ".ndjson"}:
+        return []
+    _near(sample, sample.parent)
+    with suppress(UsageError):
+        return read_requests(sample)
+    return []
+
+
+def _keep_requests(folder: Path, seen: ServerInspection, wanted: Wanted) -> list[Path]:
+    """Keep what a language model was asked, unless there is a sample already."""
+    file = folder / "sample.jsonl"
+    if seen.contract.tensors or wanted.sample is not None or (folder / "release.yaml").exists():
+        return []
+    file.write_bytes(write_samples(seen.requests))
+    return [file]
+
+
+def _request_for(name: str, seen: ServerInspection) -> tuple[str, str]:
+    """A request that clients may copy, and the door where it is put."""
+    contract = seen.contract
+    if not contract.tensors:
+        request = seen.requests[0]
+        return f"/v1{PATHS[operation_of(request)]}", addressed(request, name).decode()
+    if contract.protocol == "mlflow":
+        return f"/models/{name}/invocations", seen.requests[0].decode()
+    return f"/v2/models/{name}/infer", _one_row(None, contract)
 
 
 # --- serving it -------------------------------------------------------------------------------

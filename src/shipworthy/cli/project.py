@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from shipworthy.app import supervisor, trying
-from shipworthy.app.founding import apply_policies, make_project
+from shipworthy.app.founding import Applied, apply_policies, make_project
 from shipworthy.app.session import open_session
 from shipworthy.app.status import ModelStatus, RolloutStatusLine, Serving, Status, status_of
 from shipworthy.app.supervisor import Up
@@ -45,10 +45,11 @@ def init(
 
 def try_model(
     target: Annotated[
-        str, typer.Argument(help="A model file, or the URL of a server that speaks OIP v2.")
+        str, typer.Argument(help="A model file, or a server's URL (OpenAI, OIP v2, MLflow).")
     ],
     sample: Annotated[
-        Path | None, typer.Option(help="Rows that the model takes: CSV with a header, or JSON.")
+        Path | None,
+        typer.Option(help="What it takes: rows as CSV with a header or JSON; or requests."),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="What to call the model; without: after its file or URL.")
@@ -60,10 +61,16 @@ def try_model(
     credential: Annotated[
         str | None, typer.Option(help="For a URL: env:NAME or file:PATH of its token.")
     ] = None,
+    served_model: Annotated[
+        str | None,
+        typer.Option(help="For a URL that serves several: the model's or adapter's name there."),
+    ] = None,
 ) -> None:
     """Look at a model, register it, serve it behind the gateway and say what is missing.
 
-    Example: shipworthy try model.skops --sample rows.csv
+    A language model's server is asked one request of each kind; the release does what it answered.
+
+    Example: shipworthy try http://localhost:8000/v1 --name assistant
     """
     session = trying.session_here()
     wanted = trying.Wanted(
@@ -72,6 +79,7 @@ def try_model(
         name=check_model_name(name) if name else None,
         unsafe=unsafe,
         credential=credential,
+        served_model=served_model,
     )
     with waiting(f"looking at {target}"):
         tried = trying.look_and_register(session, wanted)
@@ -83,12 +91,9 @@ def try_model(
 
 
 def _show_tried(tried: trying.Tried, url: str, key_file: Path, missing: list[str]) -> None:
-    path = f"/v2/models/{tried.release.model}@development/infer"
     say(f"\n{tried.release.name} answers behind the gateway:\n")
-    say(
-        f'  curl -s {url}{path} -H "Authorization: Bearer $(cat {shlex.quote(str(key_file))})"'
-        f" -d {shlex.quote(tried.sample_request)}\n"
-    )
+    key = f'"Authorization: Bearer $(cat {shlex.quote(str(key_file))})"'
+    say(f"  curl -s {url}{tried.path} -H {key} -d {shlex.quote(tried.sample_request)}\n")
     say("Still missing for production:")
     for line in missing:
         say(f"  - {line}")
@@ -137,6 +142,7 @@ def apply(
     for applied in apply_policies(session, file, dry_run=dry_run):
         if not applied.changes:
             say(f"{applied.file}: the policy of {applied.model} is in force already.")
+            _say_notes(applied)
             continue
         verb = "would be" if dry_run else "is"
         kind = "put in force" if applied.new else "changed"
@@ -144,6 +150,12 @@ def apply(
         if not applied.new:
             for change in applied.changes:
                 say(f"  {change}")
+        _say_notes(applied)
+
+
+def _say_notes(applied: Applied) -> None:
+    for note in applied.notes:
+        say(f"  Note: {note}.")
 
 
 def status(
@@ -191,6 +203,8 @@ def _say_models(models: list[ModelStatus]) -> None:
         say("The highest stage of each model; 'shipworthy status MODEL' tells the rest.")
     for model in models:
         _say_rollout(model.rollout)
+        for fact in filter(None, (model.mirror, model.limits and f"at most {model.limits}")):
+            say(f"{model.model}: {fact}")
 
 
 def _rows(model: ModelStatus, *, short: bool) -> list[tuple[str, ...]]:

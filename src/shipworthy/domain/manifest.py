@@ -61,6 +61,13 @@ Digest = Annotated[
     str, matching(r"sha256:[0-9a-f]{64}", "'sha256:' and 64 hexadecimal digits in lower case")
 ]
 Scalar = str | int | float | bool | None
+_NUMBERS = frozenset(
+    {"temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"}
+)
+_COUNTS = frozenset({"max_tokens", "max_completion_tokens", "n", "top_k", "seed", "top_logprobs"})
+_NO_SAMPLING = frozenset(
+    {"model", "messages", "prompt", "input", "stream", "stream_options", "tools", "tool_choice"}
+)
 
 
 class Document(BaseModel):
@@ -150,7 +157,7 @@ class InferenceSpec(Document):
     engine: Literal["sklearn", "onnx", "python", "external"] | None = None
     engine_version: str = "auto"
     precision: str | None = None
-    sampling: dict[str, Scalar] = Field(default_factory=dict)
+    sampling: dict[str, Scalar | tuple[str, ...]] = Field(default_factory=dict)
 
 
 class BehaviourSpec(Document):
@@ -191,6 +198,9 @@ class Replicas(Document):
             message = f"max ({self.max}) is below min ({self.min})"
             raise ValueError(message)
         return self
+
+
+_OURS = "shipworthy serve"
 
 
 class ProcessServing(Document):
@@ -286,6 +296,23 @@ class ReleaseSpec(_Common):
         return self
 
     @model_validator(mode="after")
+    def _speaks_one_language(self) -> Self:
+        problem = _contradiction(self)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _samples(self) -> Self:
+        language = self.contract is not None and not self.contract.tensors
+        for name, value in self.inference.sampling.items() if language else ():
+            problem = _sampling_problem(name, value)
+            if problem:
+                message = f"inference.sampling.{name} {problem}"
+                raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
     def _tells_no_password(self) -> Self:
         """Only of a new release: one that was registered never changes, and stays a way back."""
         urls = self.serving.urls if isinstance(self.serving, EndpointServing) else ()
@@ -296,6 +323,42 @@ class ReleaseSpec(_Common):
             )
             raise ValueError(message)
         return self
+
+
+def _contradiction(spec: ReleaseSpec) -> str:
+    """What the contract says against the rest of a new release; empty where it says nothing."""
+    contract = spec.contract
+    if contract is None or contract.tensors:
+        if spec.behaviour is not None:
+            return (
+                "behaviour is for language models; say 'contract: {protocol: openai}', or leave"
+                " behaviour out"
+            )
+        if contract is not None and contract.operations:
+            return "contract.operations are an openai contract's; leave them out"
+    elif contract.inputs or contract.outputs:
+        return "an openai contract has no inputs and outputs; its operations say what it does"
+    elif len(set(contract.operations)) < len(contract.operations):
+        return "contract.operations names one twice; name each once"
+    ours = isinstance(spec.serving, ProcessServing) and spec.serving.command.startswith(_OURS)
+    if contract is not None and contract.protocol != "oip-v2" and ours:
+        return (
+            f"'shipworthy serve' does not speak {contract.protocol}; give serving.runtime:"
+            " endpoint, or a serving.command that does"
+        )
+    return ""
+
+
+def _sampling_problem(name: str, value: object) -> str:
+    """What is wrong with a field that is added to requests; empty for nothing, as far as known."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name in _NO_SAMPLING:
+        return "is no sampling; requests, tools and streams are said elsewhere"
+    if name in _NUMBERS and not number:
+        return f"must be a number, not {value!r}"
+    if name in _COUNTS and not (number and isinstance(value, int)):
+        return f"must be a whole number, not {value!r}"
+    return ""
 
 
 class PinnedFile(Document):
@@ -354,7 +417,7 @@ class Inference(Document):
     engine: Literal["sklearn", "onnx", "python", "external"]
     engine_version: str
     precision: str | None = None
-    sampling: dict[str, Scalar] = Field(default_factory=dict)
+    sampling: dict[str, Scalar | tuple[str, ...]] = Field(default_factory=dict)
 
 
 class Manifest(_Common):

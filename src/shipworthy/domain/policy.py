@@ -283,6 +283,24 @@ class Policy(Document):
             raise ValueError(message)
         return name
 
+    @model_validator(mode="after")
+    def _mirrors_elsewhere(self) -> Self:
+        if self.mirror is None:
+            return self
+        to = self.mirror.to
+        model, at, version = to.rpartition("@")
+        if to == Stage.PRODUCTION:
+            message = "mirror.to is production, where the requests come from; name another stage"
+            raise ValueError(message)
+        own = at and model == self.model and version.isdigit()
+        if to not in set(Stage) and not own:
+            message = (
+                f"mirror.to must be staging, development or a release of {self.model}, such as"
+                f" {self.model}@4; it is {to!r}"
+            )
+            raise ValueError(message)
+        return self
+
     def digest(self) -> str:
         """`sha256:…` over the whole policy, presets filled in."""
         return digest_of(self.model_dump(mode="json"))

@@ -31,7 +31,9 @@ from shipworthy.domain.policy import MirrorPolicy, Policy
 from shipworthy.domain.rollout import RolloutState
 from shipworthy.errors import IntegrityError
 from shipworthy.rollout.turn import Turn
+from shipworthy.rollout.unheeded import unheeded_mirror
 
+MIRROR_DECISION = "mirror"
 _NO_BEHAVIOUR = (Behaviour(), Behaviour(pinned=True))
 
 
@@ -50,7 +52,23 @@ def refresh_plans(turn: Turn) -> dict[str, Plan]:
             if wanted is not None and wanted != before:
                 plans[name] = msgspec.structs.replace(wanted, revision=wanted.revision + 1)
                 turn.tx.plans.put(plans[name])
+        if policy is not None and policy.mirror is not None:
+            _tell_of_mirror(turn, policy, policy.mirror, plans.get(model))
     return plans
+
+
+def _tell_of_mirror(turn: Turn, policy: Policy, wanted: MirrorPolicy, plan: Plan | None) -> None:
+    """Record whether requests are copied, and if not why, whenever that is another thing to say."""
+    model, mirror = policy.model, plan and plan.mirror
+    text = unheeded_mirror(turn.tx, policy) + "."
+    if mirror is not None:
+        text = f"{wanted.share:.4g} of {model}'s requests are copied to {mirror.arm.release}."
+    elif text == ".":
+        return  # it starts
+    told = (one for one in turn.tx.decisions.list(model) if one.kind == MIRROR_DECISION)
+    last = next(told, None)
+    if last is None or last.text != text:
+        turn.decide(model, MIRROR_DECISION, text)
 
 
 def _plan(

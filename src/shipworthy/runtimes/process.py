@@ -117,7 +117,7 @@ class _Deployed:
         self.artifacts = folder / "artifacts"
         self.manifest_file = folder / "manifest.json"
         self.doing = "waiting to start"
-        self.protocol = manifest.contract.protocol
+        self.protocol: Protocol = manifest.contract.protocol
         self._manifest = manifest
         self._blobs = blobs
         self._environments = environments
