@@ -429,7 +429,7 @@ def in_ms(seconds: float | None) -> float | None:
 
 def milliseconds(value: float | None) -> str:
     """A latency for the table."""
-    return "–" if value is None else f"{value * 1e3:.2f}"
+    return "–" if value is None else f"{float(f'{value * 1e3:.3g}'):g}"
 
 
 def number(value: float | None) -> str:
