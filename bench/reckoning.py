@@ -153,9 +153,8 @@ def _look_at_answer(
     one: Asked, records: list[InferenceRecord], history: History, found: Findings
 ) -> None:
     there, since = history.differs_since(one.key, one.began)
-    if not there:
-        if not history.within(one.key, one.began, one.ended, there=True):
-            found.revoked.append(since)
+    if not there and not history.within(one.key, one.began, one.ended, there=True):
+        found.revoked.append(since)
         if since > OBEYED_SECONDS:
             found.note("accepted long after its key was revoked", one)
     if one.said[2] != one.number:

@@ -251,6 +251,7 @@ class Workers:
     def __init__(self, state: Path, count: int) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.socket.settimeout(0)
+        self.relay = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.codes: list[int] = []
         self.killed: list[tuple[float, float]] = []
         self.replaced = 0
@@ -295,13 +296,16 @@ class Workers:
             if worker.process.returncode is None:
                 self.codes.append(worker.end())
         self.places = []
-        self.socket.close()
+        for one in (self.socket, *self.relay):
+            one.close()
 
     def _start(self, index: int) -> Worker:
+        relay = self.relay[0].fileno(), self.relay[1].fileno()
         options = WorkerOptions(
             index=index,
             workers=self._count,
             sockets=(self.socket.fileno(),),
+            relay=relay,
             certificate=None,
             key=None,
             max_body=2**20,
@@ -318,7 +322,7 @@ class Workers:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                pass_fds=(self.socket.fileno(), beat),
+                pass_fds=(self.socket.fileno(), *relay, beat),
                 env=os.environ | {HEARTBEAT_VARIABLE: str(beat)},
                 start_new_session=True,
             )

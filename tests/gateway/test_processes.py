@@ -216,30 +216,3 @@ async def test_a_worker_serves_though_it_can_not_say_where(worker, caplog):
     await worker.start(ready_file=worker.folder / "nowhere" / "ready")
     assert (await worker.infer()).status == 200
     assert "can't say so" in caplog.text
-
-
-async def test_a_key_that_is_revoked_while_a_worker_drains_opens_nothing_more(worker):
-    """Its clients have kept connections, which they may use once more."""
-    await worker.start()
-    head = (
-        f"POST /v2/models/no HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {worker.keys['client']}"
-    )
-    asking = f"{head}\r\nContent-Length: 0\r\n\r\n".encode()
-    kept = [await asyncio.open_connection("127.0.0.1", worker.port) for _ in range(15)]
-    fresh = iter(kept)
-
-    async def status(connection):
-        reader, writer = connection
-        writer.write(asking)
-        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
-        await reader.readexactly(int(answer.lower().partition(b"content-length: ")[2].split()[0]))
-        return int(answer.split()[1])
-
-    assert {await status(one) for one in kept} == {404}
-    worker.begin_stop()
-    assert await status(next(fresh)) == 404
-    worker.publish(keys={})
-    while await status(next(fresh)) != 401:  # noqa: ASYNC110  # the file is looked at
-        await asyncio.sleep(0.05)
-    for _, writer in kept:
-        writer.close()

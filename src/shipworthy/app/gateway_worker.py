@@ -35,13 +35,15 @@ from shipworthy.stores.snapshots import newest_snapshot
 class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker is told beyond its state folder.
 
-    It is worker `index` of `workers`, accepts on the `sockets` that it inherits, and shares its
-    numbers with the others in the folder `metrics`.
+    It is worker `index` of `workers`, accepts on the `sockets` that it inherits, gives the
+    connections that are kept to the others by the `relay` when it ends, and shares its numbers with
+    them in the folder `metrics`.
     """
 
     index: int
     workers: int
     sockets: tuple[int, ...]
+    relay: tuple[int, int]
     certificate: str | None
     key: str | None
     max_body: int
@@ -140,6 +142,7 @@ def _gateway_options(options: WorkerOptions) -> GatewayOptions:
         tls = Tls(certificate=Path(options.certificate), key=Path(options.key))
     return GatewayOptions(
         sockets=options.sockets,
+        relay=options.relay,
         tls=tls,
         worker_index=options.index,
         workers=options.workers,

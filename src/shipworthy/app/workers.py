@@ -1,7 +1,8 @@
 """The gateway's workers: several processes on the same sockets, each kept running on its own.
 
 Replacing one drops nothing: the new process is started beside the old one and, once it says that it
-is ready, the old one accepts no more, answers what it has begun, and ends.
+is ready, the old one accepts no more, answers what it has begun, gives the connections that clients
+keep to the others, and ends.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -51,13 +54,19 @@ class _Running:
 
 @dataclass(slots=True)
 class Workers:
-    """All workers of an `up`; `places` holds those that count, by their index."""
+    """All workers of an `up`; `places` holds those that count, by their index.
+
+    `relay` is where one that ends puts the connections that clients keep, for another to take.
+    """
 
     listeners: Listeners
     clock: Clock
     metrics: Path
     project: Project
     renewal: Renewal = field(default_factory=Renewal)
+    relay: tuple[socket.socket, socket.socket] = field(
+        default_factory=partial(socket.socketpair, socket.AF_UNIX, socket.SOCK_DGRAM)
+    )
     _places: list[_Running] = field(default_factory=list[_Running])
     _all: set[_Running] = field(default_factory=set[_Running])
     _closed: bool = False
@@ -127,6 +136,8 @@ class Workers:
     async def gone(self) -> None:
         """Wait for their ends behind a `kill` or `stop`, and leave no numbers behind."""
         await asyncio.gather(*(each.keeping for each in list(self._all)), return_exceptions=True)
+        for end in self.relay:
+            end.close()
         shutil.rmtree(self.metrics.parent, ignore_errors=True)
 
     async def _renew(self, project: Project) -> None:
@@ -165,10 +176,12 @@ class Workers:
         """Start a process for a place, which may have one already."""
         settings, name = project.settings, worker_name(index)
         certificate, key = project.certificate, project.private_key
+        relay = self.relay[0].fileno(), self.relay[1].fileno()
         options = WorkerOptions(
             index=index,
             workers=settings.gateway.workers,
             sockets=self.listeners.descriptors,
+            relay=relay,
             certificate=str(certificate) if certificate else None,
             key=str(key) if key else None,
             max_body=settings.gateway.max_body_bytes,
@@ -185,7 +198,7 @@ class Workers:
             project.logs / f"{name}.log",
             _SILENCE,
             self.clock,
-            self.listeners.descriptors,
+            (*self.listeners.descriptors, *relay),
         )
         running = _Running(child, asyncio.create_task(child.run()), settings.gateway.drain)
         self._all.add(running)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import socket
 import ssl
 from typing import Final
@@ -84,7 +85,6 @@ class Acceptor:
         self._certificate = None if listener.family == socket.AF_UNIX else certificate
         self._loop = connections.loop
         self._accepting = False
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Begin."""
@@ -110,25 +110,87 @@ class Acceptor:
             self._loop.remove_reader(self._listener)
             self._loop.call_later(_BREATH_SECONDS, self._go_on)
             return
-        client.setblocking(False)  # noqa: FBT003  # its only form
-        if client.family != socket.AF_UNIX:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        task = self._loop.create_task(self._attach(client))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        context = self._certificate.context if self._certificate else None
+        attach(self._connections, client, context)
 
     def _go_on(self) -> None:
         if self._accepting:
             self._loop.add_reader(self._listener, self._accept)
 
-    async def _attach(self, client: socket.socket) -> None:
-        context = self._certificate.context if self._certificate else None
+
+class Relay:
+    """Gives kept connections to the other workers of a port, so that one that ends breaks none.
+
+    Whatever a client has just sent goes along, unread. All workers share both ends of a pair of
+    sockets: what is put in at the one is taken out by whoever has time.
+    """
+
+    def __init__(self, ends: tuple[int, int], connections: Connections) -> None:
+        self._in, self._out = (socket.socket(fileno=end) for end in ends)
+        for end in (self._in, self._out):
+            end.setblocking(False)  # noqa: FBT003  # its only form
+        self._connections = connections
+
+    def start(self) -> None:
+        """Take what others give."""
+        self._connections.loop.add_reader(self._out, self._take)
+
+    def stop(self) -> None:
+        """Take no more; what is in it waits for the others."""
+        self._connections.loop.remove_reader(self._out)
+
+    def close(self) -> None:
+        """Give no more."""
+        self._in.close()
+        self._out.close()
+
+    def give(self, connection: ClientConnection) -> bool:
+        """Whether another worker will have it; it can be only while it is idle, and without TLS.
+
+        Raises OSError when there is no room just now.
+        """
+        descriptor = connection.detach()
+        if descriptor is None:
+            return False
         try:
-            await self._loop.connect_accepted_socket(
-                lambda: ClientConnection(self._connections),
+            socket.send_fds(self._in, [b"."], [descriptor])
+        finally:
+            os.close(descriptor)
+        connection.end()
+        return True
+
+    def _take(self) -> None:
+        try:
+            _, descriptors, _, _ = socket.recv_fds(self._out, 1, 1)
+        except (BlockingIOError, InterruptedError):
+            return  # another worker was faster
+        for descriptor in descriptors:
+            attach(self._connections, socket.socket(fileno=descriptor), None, kept=True)
+
+
+def attach(
+    connections: Connections,
+    client: socket.socket,
+    context: ssl.SSLContext | None,
+    *,
+    kept: bool = False,
+) -> None:
+    """Begin to serve a client's connection."""
+    client.setblocking(False)  # noqa: FBT003  # its only form
+    if client.family != socket.AF_UNIX:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    async def begin() -> None:
+        try:
+            await connections.loop.connect_accepted_socket(
+                lambda: ClientConnection(connections, kept=kept),
                 client,
                 ssl=context,
                 ssl_handshake_timeout=_HANDSHAKE_SECONDS if context else None,
             )
         except (OSError, asyncio.CancelledError):  # a handshake that failed
             client.close()
+
+    task = connections.loop.create_task(begin())
+    connections.arriving.add(task)
+    task.add_done_callback(connections.arriving.discard)

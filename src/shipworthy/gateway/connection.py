@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections import deque
 from http import HTTPStatus
 from typing import Any, Final, Protocol
@@ -81,6 +82,7 @@ class Connections:
         self.memory = memory
         self.loop = loop
         self.open: set[ClientConnection] = set()
+        self.arriving: set[asyncio.Task[None]] = set()  # accepted, and not open yet
         self.tasks: set[asyncio.Task[None]] = set()
         self.date = b""
         self.draining = False
@@ -95,12 +97,13 @@ class ClientConnection(asyncio.Protocol):
 
     `lost` says that it is closed. Its current request's task is cancelled when that happens before
     the answer is out, so that no upstream works for nobody. `paused` says that the client reads
-    more slowly than it is written to.
+    more slowly than it is written to. One that is `kept` was another worker's before.
     """
 
-    def __init__(self, shared: Connections) -> None:
+    def __init__(self, shared: Connections, *, kept: bool = False) -> None:
         self.lost = False
         self.paused = False
+        self._kept = kept
         self._shared = shared
         self._options = shared.options
         self._loop = shared.loop
@@ -138,6 +141,8 @@ class ClientConnection(asyncio.Protocol):
             transport.abort()
         elif len(shared.open) > limit:
             self._refuse(503, "the gateway has as many connections as it may", "too_many")
+        elif self._kept:
+            self._rest()
         else:
             self._read_within(self._options.head_seconds)
 
@@ -423,7 +428,7 @@ class ClientConnection(asyncio.Protocol):
     def _next(self, request: Request) -> None:
         """An answer is out: end the connection, or go on with what the client sent meanwhile."""
         self._answering = None
-        if self._closes(request) or self.lost:
+        if request.wants_close or not request.keep_alive or self.lost:
             self._drop_line()
             self.close_gently()
         elif self._line:
@@ -432,9 +437,13 @@ class ClientConnection(asyncio.Protocol):
             self._transport.resume_reading()
             if self._receiving is not None and not self._in_head:  # it has sent half a request
                 self._open(self._receiving)
-            self._idle_since = self._loop.time()
-            if self._idle is None:
-                self._idle = self._loop.call_later(self._options.keep_alive_seconds, self._is_idle)
+            self._rest()
+
+    def _rest(self) -> None:
+        """Wait for the client's next request."""
+        self._idle_since = self._loop.time()
+        if self._idle is None:
+            self._idle = self._loop.call_later(self._options.keep_alive_seconds, self._is_idle)
 
     def _serve_line(self) -> None:
         """Take the next of the requests that were sent before the one in front was answered."""
@@ -476,7 +485,8 @@ class ClientConnection(asyncio.Protocol):
             b"content-type: %s\r\ncontent-length: %d\r\n" % (answer.content_type, len(body)),
         ]
         head.extend([b"%s: %s\r\n" % header for header in answer.headers])
-        head.append(b"connection: close\r\n\r\n" if self._closes(request) else b"\r\n")
+        request.wants_close = self._closes(request)
+        head.append(b"connection: close\r\n\r\n" if request.wants_close else b"\r\n")
         if request.method != "HEAD":
             head.append(body)
         self._transport.write(b"".join(head))
@@ -529,14 +539,33 @@ class ClientConnection(asyncio.Protocol):
         self._transport.write(head + last)
 
     def _closes(self, request: Request) -> bool:
+        """Whether the connection ends behind an answer that begins now, which has to say so."""
         return request.wants_close or not request.keep_alive or self._shared.draining
 
     # --- endings ----------------------------------------------------------------------------
 
-    def shutdown(self) -> None:
-        """End now if idle, else after the answer to what is there or on its way."""
-        if self._answering is None and self._receiving is None and not self._line:
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of a request has been read, and no answer is under way."""
+        return not (self._answering or self._receiving or self._line or self._head_bytes)
+
+    def shutdown(self, rested: float) -> None:
+        """End if idle for so many seconds; sooner, the client may just be sending a request."""
+        if self.idle and self._loop.time() >= self._idle_since + rested:
             self._transport.close()
+
+    def detach(self) -> int | None:
+        """The socket of an idle connection as a descriptor of its own, which outlives this one.
+
+        What its client sends meanwhile waits there. None for what can't be taken out: TLS, and
+        answers that the client has not read.
+        """
+        transport = self._transport
+        written = not transport.get_write_buffer_size() and not transport.is_closing()
+        secure = transport.get_extra_info("sslcontext") is not None
+        if secure or not written or not self.idle or self._lingered is not None:
+            return None
+        return os.dup(transport.get_extra_info("socket").fileno())
 
     def end(self) -> None:
         """Close, once what was written is out."""

@@ -21,6 +21,8 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     `pid`, once the worker listens. With `tls` only HTTPS is spoken.
 
     `sockets` are descriptors of listening sockets that were inherited; then nothing is bound here.
+    `relay` are those of both ends of a pair of datagram sockets that all workers of the port have:
+    through it, one that ends gives the connections that clients keep to the others.
     This is worker `worker_index` of `workers` on a host: endpoints' concurrency is shared out.
 
     `max_in_flight` and `max_queued` bound the calls under way to one arm of one plan and those
@@ -34,6 +36,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8080
     sockets: tuple[int, ...] = ()
+    relay: tuple[int, int] | None = None
     tls: Tls | None = None
     worker_index: int = 0
     workers: int = 1

@@ -22,7 +22,7 @@ import msgspec
 import uvloop
 
 from shipworthy.errors import Unavailable
-from shipworthy.gateway.accepting import Acceptor, Certificate
+from shipworthy.gateway.accepting import Acceptor, Certificate, Relay
 from shipworthy.gateway.application import Application
 from shipworthy.gateway.connection import Connections
 from shipworthy.gateway.metrics import Metrics
@@ -34,6 +34,7 @@ _log = logging.getLogger("shipworthy.gateway")
 
 _BACKLOG = 2048
 _LINGER_SECONDS = 1.0
+_RELAY_SECONDS = 2.0  # that other workers may need to take connections
 _OWN_DESCRIPTORS = 64  # journal, snapshot, listener, event loop, health probes
 
 Ready = Callable[[str, int], None]
@@ -156,33 +157,38 @@ async def _listening(
         listeners = [socket.socket(fileno=descriptor) for descriptor in options.sockets]
     else:
         listeners = [_bind(options)]
-    acceptors = [Acceptor(listener, connections, secure) for listener in listeners]
-    for acceptor in acceptors:
-        acceptor.start()
+    relay = Relay(options.relay, connections) if options.relay else None
+    takers = [*(Acceptor(listener, connections, secure) for listener in listeners)]
+    takers += [relay] if relay else []
+    for taker in takers:
+        taker.start()
     named = next((one for one in listeners if one.family != socket.AF_UNIX), None)
     host, port = named.getsockname()[:2] if named is not None else ("", 0)
     try:
         yield host, port
     finally:
-        for acceptor in acceptors:
-            acceptor.stop()
-        await _drain(connections, options.drain_seconds)
+        for taker in takers:
+            taker.stop()
+        await _drain(connections, relay, options.drain_seconds)
+        if relay is not None:
+            relay.close()
 
 
-async def _drain(connections: Connections, seconds: float) -> None:
+async def _drain(connections: Connections, relay: Relay | None, seconds: float) -> None:
     """Let requests under way finish for so long, then end them; they still get an answer.
 
     Clients that keep a connection have a moment to use it once more, and are told then that it
-    ends: closing it at once would break the request that is on its way.
+    ends. Closing the others would break what is on its way just then, so another worker gets them;
+    where none takes them in time, or can, they are closed.
     """
     connections.draining = True
     begun = time.monotonic()
-    while connections.open and time.monotonic() < begun + seconds:
+    while (connections.open or connections.arriving) and time.monotonic() < begun + seconds:
         await asyncio.sleep(0.02)
-        if time.monotonic() > begun + _LINGER_SECONDS:
-            for connection in list(connections.open):
-                connection.shutdown()
-    tasks = list(connections.tasks)
+        waited = time.monotonic() - begun
+        if waited > _LINGER_SECONDS:
+            _let_go(connections, relay, patient=waited < _LINGER_SECONDS + _RELAY_SECONDS)
+    tasks = [*connections.tasks, *connections.arriving]
     if tasks:
         _log.warning("%d requests did not end in %g s and are cut off", len(tasks), seconds)
     for task in tasks:
@@ -191,6 +197,17 @@ async def _drain(connections: Connections, seconds: float) -> None:
         await asyncio.wait(tasks, timeout=1.0)
     for connection in list(connections.open):
         connection.end()
+
+
+def _let_go(connections: Connections, relay: Relay | None, *, patient: bool) -> None:
+    """Give the idle connections away, or close them; with patience, some may have to wait."""
+    for connection in list(connections.open):
+        try:
+            given = relay is not None and relay.give(connection)
+        except OSError:  # the others have not taken those before it yet
+            given = patient
+        if not given:
+            connection.shutdown(_LINGER_SECONDS)
 
 
 async def _each_second(
