@@ -157,7 +157,7 @@ class Call:
         "admission", "answered_by", "arm", "ask", "asked_at", "attempts", "choice", "context",
         "deadline", "first_seconds", "id", "key", "live", "outcome", "passed_on", "patience",
         "pinned", "reason", "request", "response_bytes", "sent", "serving", "slices", "started",
-        "timing", "traceparent", "unit", "usage",
+        "streamed", "timing", "traceparent", "unit", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -198,6 +198,7 @@ class Call:
         self.usage: Usage | None = None
         self.timing: Timing | None = None
         self.response_bytes: int | None = None  # of a stream, which is not kept as a whole
+        self.streamed: bytes | None = None  # one that is, to compare a mirror's answer with
 
     @property
     def cost(self) -> float | None:

@@ -78,7 +78,7 @@ class InferenceDoor:
             self._write(call, 500, b"")
             raise
         if answer is None:
-            self._mirrors.consider(call, None)
+            self._mirrors.consider(call, call.streamed)
             return None
         answer.headers.extend(_told(call))
         self._write(call, answer.status, answer.body)
@@ -219,7 +219,7 @@ class InferenceDoor:
         plan = call.live.plan
         passed = ask.refusal(reply)
         if passed is not None:
-            return Answer(passed.status, passed.body, [], passed.content_type)
+            return Answer(passed.status, passed.body, [*passed.extra], passed.content_type)
         if plan.fallback_message is not None and reply.reason is not Reason.CLIENT_DEADLINE:
             call.answered_by = "fallback_message"
             self._metrics.fallbacks.labels(plan.name, "message").inc()

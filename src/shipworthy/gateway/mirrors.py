@@ -13,13 +13,16 @@ from itertools import count
 from typing import Final
 
 from shipworthy.domain.agreement import agreement
+from shipworthy.domain.plan import Capture as CaptureRules
 from shipworthy.domain.plan import Key
-from shipworthy.domain.records import MirrorRecord, Outcome
+from shipworthy.domain.records import MirrorRecord
 from shipworthy.domain.routing import Choice
+from shipworthy.gateway.attempts import refuses_input
 from shipworthy.gateway.call import Ask, Call
 from shipworthy.gateway.limits import Denial
 from shipworthy.gateway.live import LiveArm, LivePlan
 from shipworthy.gateway.parts import Parts, mirror_plan
+from shipworthy.gateway.streams import Opening, OpenStream, open_stream
 from shipworthy.gateway.upstream import Reply, pick
 from shipworthy.protocols.messages import InvalidMessage
 from shipworthy.protocols.outcomes import OUTCOMES, Reason
@@ -28,6 +31,7 @@ _log = logging.getLogger("shipworthy.gateway")
 
 MARK: Final = b"x-shipworthy-mirror: 1\r\n"
 """Tells the server that nobody waits for its answer."""
+_MAX_COMPARED: Final = 1024 * 1024  # others wait meanwhile
 _NOBODY: Final = Key(id="mirror", hash="", role="client")
 
 
@@ -43,6 +47,7 @@ class Mirrors:
         self._upstream = parts.upstream
         self._metrics = parts.metrics
         self._limits = parts.limits
+        self._max_event = parts.options.max_event
         self._prefix = f"mi_{parts.worker.hex()}"
         self._numbers = count()
         self._tasks: dict[asyncio.Task[None], str] = {}
@@ -54,7 +59,9 @@ class Mirrors:
         """
         live, ask = call.live, call.ask
         mirror, arm = live.plan.mirror, live.mirror
-        if mirror is None or arm is None or ask is None or self._uniform() >= mirror.share:
+        if mirror is None or arm is None or ask is None or not arm.repeatable:
+            return
+        if self._uniform() >= mirror.share:
             return
         name = live.plan.name
         if sum(each == name for each in self._tasks.values()) >= mirror.concurrency:
@@ -92,7 +99,7 @@ class Mirrors:
                 usage = copy.usage
                 tokens = (usage.input_tokens or 0) + (usage.output_tokens or 0) if usage else 0
                 copy.admission.settle(tokens, (copy.cost or 0.0) if reply.sent else 0.0)
-        self._write(first, copy, reply, answer)
+        self._write(first, copy, ask, reply, answer)
 
     def _affordable(self, copy: Call, ask: Ask, arm: LiveArm, live: LivePlan) -> bool:
         if self._limits is None or live.plan.mirror is None:
@@ -115,27 +122,59 @@ class Mirrors:
             outgoing = ask.outgoing(arm, copy)
         except InvalidMessage as problem:
             return Reply(Reason.NARROWED_CONTRACT, sent=False, detail=str(problem))
+        if arm.speech.wanted:
+            self._upstream.learn(endpoint, arm.speech)
+        if ask.stream:
+            opening = Opening(limits.connect, limits.attempt, Reason.TIMEOUT, self._max_event)
+            given = await open_stream(
+                self._upstream, copy, arm, endpoint, ask, outgoing, opening, self._monotonic
+            )
+            return given.reply if given.stream is None else await self._read(copy, given.stream)
         reply = await self._upstream.ask(
             endpoint, outgoing, connect_seconds=limits.connect, seconds=limits.attempt
         )
         return ask.judged(reply, arm, copy) if reply.reason is Reason.ANSWERED else reply
 
-    def _write(self, first: Call, copy: Call, reply: Reply, answer: bytes | None) -> None:
-        plan, arm, ask = first.live.plan, copy.arm, copy.ask
+    async def _read(self, copy: Call, stream: OpenStream) -> Reply:
+        """A stream to its end, as an answer."""
+        limits = copy.live.plan.deadlines
+        end = asyncio.get_running_loop().time() + limits.stream
+        parts, stream.held = stream.held, []
+        size = sum(map(len, parts))
+        try:
+            while stream.reason is None:
+                more = await stream.within(limits.idle, end)
+                parts += more
+                size += sum(map(len, more))
+                if size > self._upstream.max_response:
+                    stream.reason = Reason.BROKEN
+        finally:
+            reason = stream.reason or Reason.SHUTDOWN
+            stream.end(reason)
+        copy.usage = stream.reader.usage()
+        body = b"".join([*parts, stream.last])
+        return Reply(reason, 200, body, detail=stream.reader.error)
+
+    def _keeps(self, rules: CaptureRules) -> bool:
+        if rules.payloads == "sampled":
+            return self._uniform() < rules.sample
+        return rules.payloads == "full"
+
+    def _write(self, first: Call, copy: Call, ask: Ask, reply: Reply, answer: bytes | None) -> None:
+        plan, arm = first.live.plan, copy.arm
         answered = reply.reason is Reason.ANSWERED
-        agrees: bool | None = None
-        difference = reply.detail
-        if answered and answer is not None and ask is not None and first.serving is not None:
-            agrees, difference = agreement(ask.protocol, answer, reply.body)
+        agrees, difference = _compared(first, ask, reply, answer)
         body: bytes | None = None
         redacted = 0
         digest: str | None = None
-        if plan.capture.payloads != "none" and answered:
+        if answered and self._keeps(plan.capture):
             body, redacted = first.live.redactor.redact(reply.body, plan.capture.max_bytes)
             if len(reply.body) > plan.capture.max_bytes:
                 digest = hashlib.sha256(reply.body).hexdigest()
         usage, now = copy.usage, self._clock()
-        outcome = OUTCOMES[reply.reason]
+        # Where the client's own request was refused too, that says nothing about the release.
+        alike = first.reason is Reason.REFUSED_INPUT and refuses_input(ask, reply)
+        reason = Reason.REFUSED_INPUT if alike else reply.reason
         record = MirrorRecord(
             id=f"{self._prefix}{int(now * 1000):x}{next(self._numbers):x}",
             at=now,
@@ -145,8 +184,8 @@ class Mirrors:
             model=plan.model,
             release=arm.arm.release,
             compared_with=first.serving.arm.release if first.serving else None,
-            outcome=outcome if outcome is not Outcome.CLIENT_FAULT else Outcome.FAILURE,
-            reason=reply.reason.value,
+            outcome=OUTCOMES[reason],
+            reason=reason.value,
             status=reply.status,
             seconds=self._monotonic() - copy.started,
             agrees=agrees,
@@ -163,3 +202,12 @@ class Mirrors:
         if not self._journal.append(record):
             self._metrics.settle_dropped(self._journal.dropped, now)
         self._metrics.mirrored(plan.name, record.release, record.outcome.value, agrees)
+
+
+def _compared(first: Call, ask: Ask, reply: Reply, answer: bytes | None) -> tuple[bool | None, str]:
+    """Whether it says the same as what the client got, and where not, or what is wrong with it."""
+    if reply.reason is not Reason.ANSWERED or answer is None or first.serving is None:
+        return None, reply.detail
+    if len(reply.body) > _MAX_COMPARED or len(answer) > _MAX_COMPARED:
+        return None, ""
+    return agreement(ask.protocol, answer, reply.body)

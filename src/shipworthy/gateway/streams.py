@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
-from typing import Final, NamedTuple, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -19,7 +19,15 @@ from shipworthy.gateway.failures import GONE, TEXT
 from shipworthy.gateway.http import ClientGone, HeaderList, Request
 from shipworthy.gateway.live import LiveArm, LivePlan
 from shipworthy.gateway.parts import Parts
-from shipworthy.gateway.upstream import EndpointState, Outgoing, Reply, Upstream, reply_of, reply_to
+from shipworthy.gateway.upstream import (
+    EndpointState,
+    Outgoing,
+    Reply,
+    Upstream,
+    reply_of,
+    reply_to,
+    told_on,
+)
 from shipworthy.gateway.wire import TooLate, Wire, WireError
 from shipworthy.protocols.events import EventSplitter, EventTooLarge
 from shipworthy.protocols.openai import Seen
@@ -27,6 +35,7 @@ from shipworthy.protocols.outcomes import Reason
 
 _EVENT_STREAM: Final = b"text/event-stream"
 _BEYOND: Final = 8192
+_COMPARED: Final = 256 * 1024  # of a stream whose request is mirrored
 _ENDING: Final = "the gateway is ending; ask again"
 
 
@@ -60,6 +69,13 @@ class OpenStream:
         """Have somebody told how it ended."""
         self._ends.append(tell)
 
+    def within(self, idle: float, end: float) -> Coroutine[Any, Any, list[bytes]]:
+        """`more`, unless it is silent for `idle` seconds, or goes on to the loop's time `end`."""
+        silent = asyncio.get_running_loop().time() + idle
+        if silent < end:
+            return self.more(silent, Reason.IDLE)
+        return self.more(end, Reason.TIMEOUT)
+
     async def more(self, deadline: float, when_late: Reason) -> list[bytes]:
         """The events that come next, none of them when it has ended. `deadline` is the loop's."""
         try:
@@ -71,7 +87,11 @@ class OpenStream:
         except WireError:
             self.reason = Reason.BROKEN
         else:  # the answer is over; with a word, if it was meant to be
-            self.reason = Reason.BROKEN if self.reader.broken_off else Reason.ANSWERED
+            rest = self._splitter.rest  # the last event, where its blank line is left out
+            passed = self._passed([rest]) if rest else []
+            if self.reason is None:
+                self.reason = Reason.BROKEN if self.reader.broken_off else Reason.ANSWERED
+            return passed
         return []
 
     def _absorb(self, data: bytes) -> list[bytes]:
@@ -157,7 +177,7 @@ async def open_stream(  # one attempt's circumstances
             endpoint, outgoing, connect_seconds=opening.connect, seconds=opening.seconds
         )
         kind = wire.headers.get(b"content-type", b"")
-        if wire.status == 200 and kind.startswith(_EVENT_STREAM):
+        if wire.status == 200 and kind.lower().startswith(_EVENT_STREAM):
             reader = ask.reader(arm, call)
             stream = OpenStream(upstream, endpoint, wire, reader, opening.max_event)
         else:
@@ -170,7 +190,7 @@ async def open_stream(  # one attempt's circumstances
         raise
     else:
         if stream is not None:  # from here on it ends what was begun
-            return await _begun(stream, call, kind, deadline, opening.when_late, clock)
+            return await _begun(stream, call, wire.headers, deadline, opening.when_late, clock)
         reply = reply_of(wire)
         endpoint.pool.give_back(wire)
     endpoint.outstanding -= 1
@@ -183,7 +203,7 @@ async def open_stream(  # one attempt's circumstances
 async def _begun(  # see open_stream
     stream: OpenStream,
     call: Call,
-    kind: bytes,
+    headers: dict[bytes, bytes],
     deadline: float,
     when_late: Reason,
     clock: Callable[[], float],
@@ -202,7 +222,10 @@ async def _begun(  # see open_stream
     call.timing = Timing()
     if stream.reader.pieces:
         call.timing.note(clock() - call.started, stream.reader.pieces)
-    return Given(Reply(Reason.ANSWERED, 200, content_type=kind), stream.endpoint, stream)
+    reply = Reply(
+        Reason.ANSWERED, 200, content_type=headers[b"content-type"], extra=told_on(headers)
+    )
+    return Given(reply, stream.endpoint, stream)
 
 
 class Streams:
@@ -239,6 +262,8 @@ class Streams:
         kept.add(last)
         call.usage = stream.reader.usage()
         call.response_bytes = kept.size
+        if reason is Reason.ANSWERED:
+            call.streamed = kept.whole()
         status = GONE if reason is Reason.CLIENT_GONE else 200
         seconds = self._monotonic() - call.started
         self._capture.write(call, status, kept.content(), seconds, digest=kept.digest())
@@ -264,12 +289,10 @@ class Streams:
                     await client.drained(self._slow)
             if stream.reason is not None:
                 return stream.reason
-            before, now = reader.pieces, clock()
-            if now >= end:
+            before = reader.pieces
+            if clock() >= end:
                 return Reason.CLIENT_GONE if slow else Reason.TIMEOUT
-            idle = now + limits.idle
-            late = Reason.IDLE if idle < end else Reason.TIMEOUT
-            passed = await stream.more(min(idle, end), late)
+            passed = await stream.within(limits.idle, end)
             if reader.pieces > before and timing is not None:
                 timing.note(self._monotonic() - call.started, reader.pieces - before)
 
@@ -299,11 +322,13 @@ class Kept:
     """What is kept of a stream as it passes: its beginning, its size, and a digest if it is cut."""
 
     def __init__(self, live: LivePlan) -> None:
-        rules = live.plan.capture
+        rules, mirrored = live.plan.capture, live.mirror is not None
         self.size = 0
-        self._keeps = rules.payloads != "none"
+        self._keeps = mirrored or rules.payloads != "none"
         # What begins before the limit may have to be replaced as a whole.
         self._limit = rules.max_bytes + (_BEYOND if live.redactor else 0)
+        if mirrored:
+            self._limit = max(self._limit, _COMPARED)
         self._parts: list[bytes] = []
         self._held = 0
         self._hash: Digest | None = None
@@ -325,6 +350,10 @@ class Kept:
     def content(self) -> bytes:
         """As much as is kept."""
         return b"".join(self._parts)
+
+    def whole(self) -> bytes | None:
+        """All of it, None when not all is kept."""
+        return self.content() if self._held == self.size else None
 
     def digest(self) -> str | None:
         """The SHA-256 of all of it, if it is not kept as a whole."""
