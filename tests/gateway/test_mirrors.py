@@ -19,11 +19,11 @@ def changed(it, **changes: Any):
     return msgspec.structs.replace(it, **changes)
 
 
-def copies(worker) -> list[MirrorRecord]:
+def copies(worker) -> list[Any]:
     return [one for one in worker.journal.records if isinstance(one, MirrorRecord)]
 
 
-async def copied(worker, times: int = 1) -> MirrorRecord:
+async def copied(worker, times: int = 1) -> Any:
     """The newest copy's record, once there are so many."""
     await worker.until(lambda: len(copies(worker)) >= times, 10)
     assert len(copies(worker)) == times
@@ -79,7 +79,7 @@ async def test_a_copy_is_sent_marked_and_compared(worker, model, mirrored):
     assert len(worker.journal.calls) == 1
 
 
-def call_at(call) -> float:
+def call_at(call):
     return pytest.approx(call.at, abs=3)
 
 

@@ -149,7 +149,7 @@ class Mirrors:
                 if size > self._upstream.max_response:
                     stream.reason = Reason.BROKEN
         finally:
-            reason = stream.reason or Reason.SHUTDOWN
+            reason = Reason.SHUTDOWN if stream.reason is None else stream.reason
             stream.end(reason)
         copy.usage = stream.reader.usage()
         body = b"".join([*parts, stream.last])

@@ -99,7 +99,8 @@ class OpenStream:
             events = self._splitter.feed(data)
         except EventTooLarge as problem:
             passed = self._passed(problem.before)
-            self.reason = self.reason or Reason.BROKEN
+            if self.reason is None:
+                self.reason = Reason.BROKEN
             return passed
         return self._passed(events)
 
