@@ -272,7 +272,7 @@ def _needs(status: ModelStatus) -> list[str]:
         for line in status.serving
         if line.state in {DeploymentState.FAILED, DeploymentState.STOPPED}
     ]
-    return needs + status.unheeded
+    return needs
 
 
 def _first_sentence(text: str) -> str:

@@ -93,7 +93,8 @@ def try_model(
 def _show_tried(tried: trying.Tried, url: str, key_file: Path, missing: list[str]) -> None:
     say(f"\n{tried.release.name} answers behind the gateway:\n")
     key = f'"Authorization: Bearer $(cat {shlex.quote(str(key_file))})"'
-    say(f"  curl -s {url}{tried.path} -H {key} -d {shlex.quote(tried.sample_request)}\n")
+    kind = "" if tried.path.startswith("/v2/") else '-H "Content-Type: application/json" '
+    say(f"  curl -s {url}{tried.path} -H {key} {kind}-d {shlex.quote(tried.sample_request)}\n")
     say("Still missing for production:")
     for line in missing:
         say(f"  - {line}")
@@ -205,6 +206,8 @@ def _say_models(models: list[ModelStatus]) -> None:
         _say_rollout(model.rollout)
         for fact in filter(None, (model.mirror, model.limits and f"at most {model.limits}")):
             say(f"{model.model}: {fact}")
+        for sentence in model.unheeded:
+            out.print(f"! {sentence}", style="yellow", markup=False)
 
 
 def _rows(model: ModelStatus, *, short: bool) -> list[tuple[str, ...]]:

@@ -102,7 +102,7 @@ def _plan(
         capture=_capture(conduct),
         limits=Limits(**conduct.limits.model_dump()),
         hedge=conduct.hedge and Hedge(**conduct.hedge.model_dump()),
-        mirror=_mirror(turn, holder.model, conduct.mirror, before),
+        mirror=_mirror(turn, holder, conduct.mirror, before),
         fallback_message=conduct.fallback_message,
     )
 
@@ -205,13 +205,17 @@ def _capture(policy: Policy) -> Capture:
 
 
 def _mirror(
-    turn: Turn, model: str, policy: MirrorPolicy | None, before: Plan | None
+    turn: Turn, holder: StageEntry, policy: MirrorPolicy | None, before: Plan | None
 ) -> Mirror | None:
-    """The copy's receiver as the gateway reaches it; None while there is none that may have one."""
-    if policy is None:
+    """The copy's receiver as the gateway reaches it; None while there is none that may have one.
+
+    What answers the requests itself has no use for copies of them.
+    """
+    if policy is None or holder.stage is not Stage.PRODUCTION:
         return None
+    model = holder.model
     found = _mirrored(turn, model, policy.to)
-    if found is None:
+    if found is None or found[1] == holder.release:
         return None
     stage, digest = found
     known = before.mirror.arm if before and before.mirror else None

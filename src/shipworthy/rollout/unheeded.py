@@ -20,13 +20,19 @@ def unheeded_mirror(tx: Transaction, policy: Policy) -> str:
     if policy.mirror is None:
         return ""
     model, to = policy.model, policy.mirror.to
-    if _holder(tx, model, Stage.PRODUCTION) is None:
+    serving = _holder(tx, model, Stage.PRODUCTION)
+    if serving is None:
         return f"nothing of {model} is copied to {to}: production holds no release yet"
     stage = Stage(to) if to in set(Stage) else None
     release = _holder(tx, model, stage) if stage else _named(tx, model, to)
     if release is None:
         why = f"{to} holds no release" if stage else f"{to} is not registered"
         return f"nothing of {model} is copied to {to}: {why}; promote one, or correct mirror.to"
+    if release.digest == serving.digest:
+        return (
+            f"nothing of {model} is copied to {to}: {release.name} is what answers in production;"
+            " promote another one to staging"
+        )
     if manifest_of(release).contract.side_effects != "none":
         return (
             f"nothing of {model} is copied to {to}: {release.name} does not say that it has no side"
