@@ -139,11 +139,13 @@ class _MLflow(_Handler):
 
     def do_POST(self) -> None:
         said = self.read()
-        split = said.get("dataframe_split")
-        if self.path != "/invocations" or split is None or split["columns"] != ["a", "b"]:
+        split = said.get("dataframe_split") or {"columns": [], "data": []}
+        table = [dict(zip(split["columns"], row, strict=True)) for row in split["data"]]
+        table = said.get("dataframe_records", table)
+        if self.path != "/invocations" or any(row.keys() != {"a", "b"} for row in table):
             why = "Failed to enforce schema of data"
             return self.say(400, {"error_code": "BAD_REQUEST", "message": why})
-        sums = [float(a) + float(b) for a, b in split["data"]]
+        sums = [float(row["a"]) + float(row["b"]) for row in table]
         rows = [{"sum": total, "big": "yes" if total > 1 else "no"} for total in sums]
         return self.say(200, {"predictions": rows})
 

@@ -176,3 +176,59 @@ def test_parts_are_frozen() -> None:
     for part in (MANIFEST, Owner(name="a", email="a@b"), pinned()):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(part, next(iter(type(part).model_fields)), "other")
+
+
+ELSEWHERE = {"runtime": "endpoint", "urls": ["http://there/v1"], "served_model": "org/m"}
+OPENAI = {"protocol": "openai", "operations": ["chat"]}
+TENSOR = {"name": "x", "datatype": "FP64", "shape": [-1]}
+
+
+def language(**changes):
+    return ReleaseSpec.model_validate(
+        {"model": "assistant", "serving": ELSEWHERE, "contract": OPENAI, **changes}
+    )
+
+
+def test_a_prompt_release_is_a_release():
+    spec = language(
+        behaviour={"system": "Be brief.", "pin_sampling": True},
+        inference={
+            "sampling": {"temperature": 0.2, "max_tokens": 64, "stop": ["\n"], "mirostat": 2}
+        },
+    )
+    assert spec.inference.sampling["stop"] == ("\n",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"contract": None, "behaviour": {"system": "x"}}, "behaviour is for language models"),
+        (
+            {"contract": {"inputs": [TENSOR], "outputs": [TENSOR]}, "behaviour": {"system": "x"}},
+            "behaviour is for language models",
+        ),
+        ({"contract": {"inputs": [TENSOR], "operations": ["chat"]}}, "are an openai contract's"),
+        ({"contract": {**OPENAI, "inputs": [TENSOR]}}, "has no inputs and outputs"),
+        ({"contract": {**OPENAI, "operations": ["chat", "chat"]}}, "names one twice"),
+        ({"contract": {**OPENAI, "operations": ["sing"]}}, "sing|'chat'"),
+        (
+            {"serving": {"runtime": "process"}, "artifacts": [{"path": "m"}]},
+            "'shipworthy serve' does not speak openai",
+        ),
+        ({"serving": {**ELSEWHERE, "concurrency": 0}}, "greater than 0"),
+        ({"inference": {"sampling": {"temperature": "hot"}}}, "temperature must be a number"),
+        ({"inference": {"sampling": {"temperature": True}}}, "temperature must be a number"),
+        ({"inference": {"sampling": {"max_tokens": 1.5}}}, "max_tokens must be a whole number"),
+        ({"inference": {"sampling": {"model": "x"}}}, "model is no sampling"),
+        ({"inference": {"sampling": {"stop": [["x"]]}}}, "sampling.stop"),
+    ],
+)
+def test_what_a_language_release_can_not_say(changes, said):
+    with pytest.raises(ValidationError, match=said):
+        language(**changes)
+
+
+def test_another_server_in_a_process_may_speak_openai():
+    vllm = "vllm serve {folder} --port {port} --served-model-name assistant"
+    spec = language(serving={"runtime": "process", "command": vllm}, artifacts=[{"path": "m"}])
+    assert spec.contract is not None

@@ -92,3 +92,14 @@ def test_a_step_must_be_able_to_end_before_the_rollout_is_held() -> None:
     with pytest.raises(ValidationError, match="step_limit must be above each step's duration"):
         policy(rollout={"steps": steps})
     assert policy(rollout={"steps": steps, "step_limit": "3d"}).rollout.steps[0].duration == 172_800
+
+
+@pytest.mark.parametrize("to", ["staging", "development", "digits@4"])
+def test_copies_go_to_a_stage_or_a_release_of_the_model(to):
+    assert Policy.model_validate({"model": "digits", "mirror": {"to": to}}).mirror
+
+
+@pytest.mark.parametrize("to", ["production", "letters@4", "digits", "digits@staging", "canary"])
+def test_copies_go_nowhere_else(to):
+    with pytest.raises(ValidationError, match=r"mirror\.to"):
+        Policy.model_validate({"model": "digits", "mirror": {"to": to}})

@@ -147,3 +147,69 @@ async def test_final_format_of_what_does_not_start(create, error, verdict) -> No
 
     found = await probes.probe_final_format(create().release, SAMPLE, start, now=NOW)
     checked(found, verdict, str(error))
+
+
+# --- language models --------------------------------------------------------------------------
+
+LANGUAGE = {
+    "artifacts": [],
+    "environment": {},
+    "serving": ENDPOINT,
+    "contract": {"protocol": "openai", "operations": ["chat"]},
+    "data": [],
+}
+CHAT = b'{"model": "sample", "messages": [{"role": "user", "content": "Say hello."}]}'
+SAID = b'{"choices": [{"message": {"content": "Hello."}, "finish_reason": "stop"}]}'
+
+
+async def test_what_a_language_model_was_trained_on_is_not_ours_to_say(create) -> None:
+    bare = create(**LANGUAGE).release
+    checked(await probes.probe_described(bare, now=NOW), Verdict.FAIL, "no training data")
+    based = create(**LANGUAGE, base={"model": "org/base"}).release
+    found = await probes.probe_described(based, now=NOW)
+    checked(found, Verdict.INCONCLUSIVE, "what org/base was trained on")
+    vague = create(**{**LANGUAGE, "contract": {"protocol": "openai"}}).release
+    checked(await probes.probe_described(vague, now=NOW), Verdict.FAIL, "no operations")
+    train = [{"name": "train", "path": "train.csv", "role": "train"}]
+    tuned = create(**{**LANGUAGE, "data": train}).release
+    checked(await probes.probe_described(tuned, now=NOW), Verdict.PASS, "operations chat")
+
+
+async def test_a_language_models_samples_are_requests_that_it_does(create) -> None:
+    release = create(**LANGUAGE).release
+    checked(await probes.probe_contract(release, [CHAT], now=NOW), Verdict.PASS, "1 of 1")
+    checked(await probes.probe_contract(release, [], now=NOW), Verdict.INCONCLUSIVE, "no sample")
+    other = b'{"model": "sample", "input": "x"}'
+    found = await probes.probe_contract(release, [CHAT, other], now=NOW)
+    checked(found, Verdict.FAIL, "sample 2: it asks for embeddings")
+    found = await probes.probe_contract(release, [b'{"model": "m", "messages": []}'], now=NOW)
+    checked(found, Verdict.FAIL, "messages: empty")
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict", "told"),
+    [
+        (SAID, Verdict.PASS, "answered the sample"),
+        (b'{"choices": []}', Verdict.FAIL, "choices: empty"),
+        (b'{"error": {"message": "no memory"}}', Verdict.FAIL, "no memory"),
+        (b"<html>", Verdict.FAIL, "breaks the contract"),
+    ],
+)
+async def test_a_language_models_answer_has_to_be_one(create, answer, verdict, told) -> None:
+    async def start(release, request):
+        assert request == CHAT
+        return Started(interpreter="elsewhere", seconds=0.5, answer=answer)
+
+    found = await probes.probe_final_format(create(**LANGUAGE).release, CHAT, start, now=NOW)
+    checked(found, verdict, told)
+
+
+async def test_narrower_operations_break_clients(create) -> None:
+    wide = {"protocol": "openai", "operations": ["chat", "embeddings"]}
+    serving = create(**{**LANGUAGE, "contract": wide}).release
+    narrow = create(**LANGUAGE, description="narrow").release
+    found = await probes.probe_compatible(narrow, serving, now=NOW)
+    checked(found, Verdict.FAIL, "'embeddings' is no longer accepted")
+    tensors = create().release
+    found = await probes.probe_compatible(tensors, serving, now=NOW)
+    checked(found, Verdict.FAIL, "protocol changes")
