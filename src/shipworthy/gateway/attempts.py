@@ -118,7 +118,11 @@ class Attempts:
         try:
             outgoing = ask.outgoing(arm, call)
         except InvalidMessage as problem:
-            return _unsaid(call, arm, ask, problem)
+            if not arm.speech.open:
+                return _unsaid(call, arm, ask, problem)
+            if not await self._upstream.learned(endpoint, arm.speech):
+                return _none(Reason.UNREACHABLE)
+            return await self._ask(call, arm, endpoint, ask)
         if arm.speech.wanted:
             self._upstream.learn(endpoint, arm.speech)
         limits = call.live.plan.deadlines
@@ -167,8 +171,10 @@ def _unsaid(call: Call, arm: LiveArm, ask: Ask, problem: InvalidMessage) -> Give
         try:
             ask.outgoing(call.live.stable, call)
         except InvalidMessage:
-            pass
+            could = call.live.stable.speech.open
         else:
+            could = True
+        if could:
             return _none(Reason.NARROWED_CONTRACT, str(problem))
     raise Refusal(400, str(problem)) from None
 

@@ -45,6 +45,7 @@ _HEALTH: Final[dict[Protocol, str]] = {
 _PROBE_SECONDS: Final = 2.0
 _FINISH_SECONDS: Final = 1.0  # for the end of a stream behind its last event
 _FINISH_BYTES: Final = 64 * 1024
+_TOLD_ON: Final = (b"x-request-id", b"openai-processing-ms")
 
 
 class Outgoing(msgspec.Struct, frozen=True):
@@ -82,10 +83,16 @@ class Speech:
     `binary` are tensors in binary; `wanted` says that it matters, and nobody has asked yet.
     """
 
-    __slots__ = ("asked", "binary", "wanted")
+    __slots__ = ("asked", "asking", "binary", "wanted")
 
     def __init__(self) -> None:
         self.binary = self.wanted = self.asked = False
+        self.asking: asyncio.Task[None] | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether it matters, and is not known yet."""
+        return self.wanted and (self.asking is None or not (self.asked and self.asking.done()))
 
 
 class EndpointState:
@@ -283,7 +290,14 @@ class Upstream:
         """Find out, behind what is going on, which extensions a release's servers speak."""
         if not speech.asked:
             speech.asked = True
-            self._in_background(self._asked_for_speech(endpoint, speech))
+            speech.asking = self._in_background(self._asked_for_speech(endpoint, speech))
+
+    async def learned(self, endpoint: EndpointState, speech: Speech) -> bool:
+        """Find it out now, where a request can't be sent before; False when it can't be had."""
+        self.learn(endpoint, speech)
+        if speech.asking is not None:
+            await asyncio.wait([speech.asking])
+        return speech.asked
 
     async def _asked_for_speech(self, endpoint: EndpointState, speech: Speech) -> None:
         wire = await self._got(endpoint, endpoint.metadata_message())
@@ -292,10 +306,11 @@ class Upstream:
         speech.wanted = False
         speech.asked = wire is not None
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._probes.add(task)
         task.add_done_callback(self._probes.discard)
+        return task
 
     def finish(self, endpoint: EndpointState, wire: Wire) -> None:
         """Let an answer whose last word is known end, so that its connection can be used again."""
@@ -364,6 +379,15 @@ def reply_of(wire: Wire) -> Reply:
     if headers.get(b"content-encoding", b"identity") != b"identity":
         return Reply(Reason.BROKEN, wire.status, detail="it is compressed, which nobody asked for")
     return Reply(reason_of_status(wire.status), wire.status, wire.body(), headers=headers)
+
+
+def told_on(headers: dict[bytes, bytes]) -> tuple[tuple[bytes, bytes], ...]:
+    """What a server's head says of this one answer: how to ask its owner about it, and its time.
+
+    All else in it is about the server, its owner's account and its limits, which are not the
+    client's.
+    """
+    return tuple([(name, headers[name]) for name in _TOLD_ON if name in headers])
 
 
 def reply_to(error: WireError, when_late: Reason = Reason.TIMEOUT) -> Reply:
