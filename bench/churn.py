@@ -6,9 +6,11 @@ and that are used once. Meanwhile every plan changes ten times a second: candida
 promoted or given up, and servers come and go. A key is revoked each second, and given back a second
 later. Every five seconds a worker is replaced by a new one. Each request is looked at afterwards:
 it has to be answered, once, by a server that a plan in force names for its unit, and to be in the
-journal once. At the end workers are killed: only what was under way in them may break.
+journal once. At the end workers are killed: only what was under way in them may break. Keys of a
+real `shipworthy up` are revoked, too, as it is the keeper that publishes that there.
 
-    python bench/churn.py [--seconds 60] [--workers 3] [--load 0.8] [--kills 3] [--json FILE]
+    python bench/churn.py [--seconds 60] [--workers 3] [--load 0.8] [--kills 3]
+        [--revocations 10] [--json FILE]
 
 Exit code 1 when anything is off.
 """
@@ -22,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -31,6 +33,7 @@ from echoes import echoing
 from open_loop import percentile
 from reckoning import Findings, History, excess, read_journals, reckon
 from report import Figure, Report, argument_parser
+from revoking import revocations
 from shifts import COUNTED, MODELS, SERVERS, Publisher, Workers, running
 
 from shipworthy.domain.plan import Limits
@@ -44,7 +47,11 @@ _MOST_GROWTH = 8.0  # MB beyond that
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What is run: for so many seconds, then so many kills. `load` is a share of the capacity."""
+    """What is run: for so many seconds, then so many kills.
+
+    `load` is a share of the capacity, which is measured for `calibrate` seconds. Workers have to
+    obey what is published within `obeyed` seconds.
+    """
 
     seconds: float = 60.0
     workers: int = 3
@@ -52,6 +59,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     kills: int = 3
     calibrate: float = 6.0
     replace_every: float = 5.0
+    obeyed: float = 0.5
     seed: int = 2026
 
 
@@ -59,7 +67,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 class Outcome:
     """What came of it; `memory` is the oldest worker's in MB, by its age in seconds.
 
-    `calm` is what was found while workers were replaced, `stormy` while they were killed.
+    `calm` is what was found while workers were replaced, `stormy` while they were killed. `revoked`
+    is how long revoked keys of a real `up` were good, in seconds.
     """
 
     capacity: float
@@ -73,6 +82,8 @@ class Outcome:
     admitted: int
     excess: int
     memory: list[tuple[float, float]]
+    obeyed: float
+    revoked: list[float] = field(default_factory=list[float])
 
     @property
     def growth(self) -> float:
@@ -91,6 +102,8 @@ class Outcome:
             found.append(f"workers that were told to end did so with {self.codes}")
         if self.excess > 0:
             found.append(f"{self.excess} requests too many with a key that has a limit")
+        if max(self.revoked, default=0.0) > self.obeyed:
+            found.append(f"'shipworthy up' honoured a revoked key for {max(self.revoked):.2f} s")
         if self.growth > _MOST_GROWTH:
             found.append(f"a worker grew by {self.growth:.1f} MB")
         return found
@@ -128,7 +141,7 @@ def churn(state: Path, options: Options) -> Outcome:
         later = load.end()
         publisher.end()
         workers.end()
-    history = History(publisher.history, ports)
+    history = History(publisher.history, ports, options.obeyed)
     of_phase = _by_phase(read_journals(state / "journals"), marks)
     return Outcome(
         capacity=capacity,
@@ -142,6 +155,7 @@ def churn(state: Path, options: Options) -> Outcome:
         admitted=sum(one.key == COUNTED and one.status == 200 for one in asked + later),
         excess=excess(asked + later, COUNTED_LIMITS),
         memory=memory,
+        obeyed=options.obeyed,
     )
 
 
@@ -212,6 +226,8 @@ def report_on(outcome: Outcome, options: Options, report: Report) -> None:
         ("kill_requests", sum(stormy.statuses.values()), "asked meanwhile"),
         ("kill_broken", stormy.unavoidable, "under way in a worker that was killed"),
         ("kill_dropped", stormy.wrong["dropped"], "any other"),
+        ("up_revocations", len(outcome.revoked), "with a real `shipworthy up`"),
+        ("up_revocation_ms", 1e3 * max(outcome.revoked, default=0.0), "from the ledger's commit"),
     ]
     for name, value, what in figures:
         report.figure(name, value)
@@ -233,6 +249,7 @@ def main() -> int:
     parser.add_argument("--load", type=float, default=0.8, help="share of the measured capacity")
     parser.add_argument("--kills", type=int, default=3, help="workers to kill at the end")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep journals and logs here")
+    parser.add_argument("--revocations", type=int, default=10, help="of keys of a real 'up'")
     given = parser.parse_args()
     if given.workers < 2:
         parser.error("--workers must be at least 2, so that one serves while another is replaced")
@@ -251,6 +268,8 @@ def main() -> int:
     state = given.keep or Path(tempfile.mkdtemp(prefix="churn-"))
     state.mkdir(exist_ok=True)
     outcome = churn(state, options)
+    if given.revocations:
+        outcome.revoked.extend(revocations(state, options.workers, given.revocations))
     report_on(outcome, options, report)
     report.finish(given.json)
     if outcome.problems():

@@ -20,8 +20,6 @@ from shipworthy.domain.records import InferenceRecord
 from shipworthy.domain.routing import choose
 from shipworthy.stores.journal import JournalReader
 
-OBEYED_SECONDS = 0.5
-"""Within this time of a snapshot's being there, every worker has to obey it."""
 _EXAMPLES = 3
 
 
@@ -51,11 +49,15 @@ class Findings:
 class History:
     """Publications in order; those of a revision can be looked up, and who was in force when.
 
-    `ports` are where servers listen, in the order of their places.
+    `ports` are where servers listen, in the order of their places. `obeyed` is the time in seconds
+    within which every worker has to obey what was published.
     """
 
-    def __init__(self, publications: Sequence[Publication], ports: Sequence[int]) -> None:
+    def __init__(
+        self, publications: Sequence[Publication], ports: Sequence[int], obeyed: float
+    ) -> None:
         self.publications = publications
+        self.obeyed = obeyed
         self._done = [one.done for one in publications]
         self._urls = [f"http://127.0.0.1:{port}" for port in ports]
 
@@ -155,7 +157,7 @@ def _look_at_answer(
     there, since = history.differs_since(one.key, one.began)
     if not there and not history.within(one.key, one.began, one.ended, there=True):
         found.revoked.append(since)
-        if since > OBEYED_SECONDS:
+        if since > history.obeyed:
             found.note("accepted long after its key was revoked", one)
     if one.said[2] != one.number:
         found.note("got the answer to another request", one)
@@ -176,7 +178,7 @@ def _misrouted(
         yield "answered by a plan that was not there yet"
         return
     found.stale.append(history.stale(record.revision, one.began))
-    if found.stale[-1] > OBEYED_SECONDS:
+    if found.stale[-1] > history.obeyed:
         yield "answered by a plan that had been replaced long ago"
     plan = publication.plans[one.model]
     # In the middle of [0, 1), so that neither end decides where there is no unit.
@@ -205,7 +207,7 @@ def _look_at_refusal(one: Asked, history: History, found: Findings) -> None:
         there, since = history.differs_since(one.key, one.began)
         if there and not history.within(one.key, one.began, one.ended, there=False):
             found.restored.append(since)
-            if since > OBEYED_SECONDS:
+            if since > history.obeyed:
                 found.note("refused although its key was good", one)
     elif one.status == 429 and one.key == COUNTED:
         return
