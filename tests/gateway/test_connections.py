@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 from shipworthy.domain.records import Outcome
-from shipworthy.gateway import GatewayOptions
+from shipworthy.gateway import GatewayOptions, server
+from shipworthy.gateway.connection import Connections
 from shipworthy.gateway.server import _with_descriptors
 
 
@@ -374,3 +375,112 @@ async def test_trace_headers_that_come_twice_are_taken_together(worker, model):
     assert worker.model.received[-1].headers["tracestate"] == "a=1,b=2"
     await worker.raw(head(worker, *lines, parent) + body)
     assert "traceparent" not in worker.model.received[-1].headers
+
+
+# --- requests sent ahead ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def connections(monkeypatch):
+    """What the worker's connections share, in a list once it is started."""
+    made = []
+
+    class Seen(Connections):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(server, "Connections", Seen)
+    return made
+
+
+def whole(worker, body: bytes) -> bytes:
+    return head(worker, f"content-length: {len(body)}") + body
+
+
+async def test_nothing_is_left_of_a_request_with_garbage_behind_it(worker, model, connections):
+    await worker.start()
+    body = msgspec.json.encode(model.request_of())
+    answer = await worker.raw(whole(worker, body) + b"\x00garbage\r\n\r\n")
+    assert status_of(answer) == 400
+    await worker.until(lambda: not connections[0].tasks)
+    assert connections[0].memory.held == 0
+    assert worker.journal.last.outcome is Outcome.CENSORED
+
+
+async def test_a_body_is_given_back_once_when_the_next_request_is_cut_short(
+    worker, model, connections
+):
+    worker.model.behave = model.hanging
+    await worker.start()
+    body = msgspec.json.encode(model.request_of())
+    _, writer = await asyncio.open_connection("127.0.0.1", worker.port)
+    writer.write(whole(worker, body) + b"POST /v2")
+    await worker.until(lambda: bool(worker.model.received))
+    assert connections[0].memory.held == len(body)
+    writer.close()
+    await worker.until(lambda: not connections[0].tasks)
+    assert connections[0].memory.held == 0
+
+
+async def test_a_request_in_line_that_is_refused_by_its_head_is_answered_once(
+    worker, model, connections, caplog
+):
+    async def slow(writer):
+        await asyncio.sleep(0.1)
+        await model.responding(model.answer_of())(writer)
+
+    worker.model.behave = slow
+    await worker.start(max_body=150_000)
+    unknown = b"POST /v2/models/digits/infer HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n"
+    endless = unknown + 4 * (b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+    first = whole(worker, msgspec.json.encode(model.request_of()))
+    answers = await worker.raw(first + endless)
+    assert [status_of(each) for each in answers.split(b"HTTP/1.1")[1:]] == [200, 401]
+    assert connections[0].memory.held == 0
+    assert not caplog.records
+
+
+async def test_what_is_sent_behind_the_last_answer_is_not_done(worker, model, caplog):
+    await worker.start()
+    refused = b"POST /nothing HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n"
+    refused += b"19000\r\n" + b"x" * 0x19000 + b"\r\n0\r\n\r\n"
+    behind = whole(worker, msgspec.json.encode(model.request_of()))
+    answers = await worker.raw(refused + behind)
+    assert [status_of(each) for each in answers.split(b"HTTP/1.1")[1:]] == [401]
+    assert not worker.model.received
+    assert not caplog.records
+
+
+async def test_a_client_that_reads_nothing_gets_no_more_until_it_does(worker, model, connections):
+    worker.model.behave = model.responding(model.chat_answer("x" * 4_000_000))
+    await worker.start(worker.plan(contract=model.language))
+    body = msgspec.json.encode(model.chat_of())
+    lines = f"content-length: {len(body)}"
+    asked = head(worker, lines, path="/v1/chat/completions") + body
+    reader, writer = await asyncio.open_connection("127.0.0.1", worker.port, limit=1000)
+    for _ in range(20):
+        writer.write(asked)
+        await asyncio.sleep(0.01)
+    await worker.until(lambda: any(one.paused for one in connections[0].open))
+    before = len(worker.model.received)
+    await asyncio.sleep(0.2)
+    assert len(worker.model.received) <= before + 1 < 20
+    writer.write(head(worker, path="/healthz", method="GET"))
+    async with asyncio.timeout(20):
+        for _ in range(20):
+            answer = await reader.readuntil(b"content-length: ")
+            size = int(await reader.readline())
+            while await reader.readline() != b"\r\n":
+                pass
+            await reader.readexactly(size)
+            assert status_of(answer) == 200
+        assert status_of(await reader.readuntil(b"\r\n")) == 200
+    writer.close()
+
+
+async def test_an_idle_connection_holds_no_body(worker, model, connections):
+    await worker.start()
+    body = msgspec.json.encode(model.request_of()) + b" " * 500_000
+    assert (await worker.infer(body=body)).status == 200
+    assert [one._parts for one in connections[0].open] == [[]]

@@ -22,7 +22,6 @@ from shipworthy.gateway.http import (
     BodyMemory,
     ClientGone,
     Handler,
-    HeaderList,
     Refusal,
     Request,
     plain_error,
@@ -194,6 +193,8 @@ class ClientConnection(asyncio.Protocol):
         self.paused = False
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
+        if self._answering is None and not self.lost and self._lingered is None:
+            self._go_on()
 
     def _watch_head(self) -> None:
         if self._head_bytes > self._options.max_head + self._options.max_request_line:
@@ -211,7 +212,9 @@ class ClientConnection(asyncio.Protocol):
 
     def _is_late(self) -> None:
         self._reading = None
-        if not self._in_head:
+        if len(self._line) >= _MAX_LINE:  # it is we who don't read on
+            self._read_within(self._options.head_seconds)
+        elif not self._in_head:
             text = f"the body did not arrive within {self._options.body_seconds:g} seconds"
             self._spoil(self._receiving, Refusal(408, text, reason=Reason.BODY_TIMEOUT))
         elif self._head_bytes:
@@ -222,7 +225,9 @@ class ClientConnection(asyncio.Protocol):
     # --- parser -----------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
+        """Begin a request; of one behind the last answer nothing is done."""
+        if self._lingered is not None or self._transport.is_closing():
+            raise _RefusedHead
         self._receiving = Request(self)
         self._url = b""
         self._header_bytes = self._headers = 0
@@ -263,7 +268,7 @@ class ClientConnection(asyncio.Protocol):
         self._parts = []
         self._body_bytes = 0
         self._stop_reading()
-        if self._answering is None and not self._line:
+        if self._answering is None and not self._line and not self.paused:
             self._open(request)
 
     def on_body(self, body: bytes) -> None:
@@ -301,7 +306,7 @@ class ClientConnection(asyncio.Protocol):
         self._stop_reading()
         if request is None or request.problem is not None:
             return
-        parts = self._parts
+        parts, self._parts = self._parts, []
         request.body = parts[0] if len(parts) == 1 else b"".join(parts)
         if request is self._answering:
             self._start(request)
@@ -391,7 +396,9 @@ class ClientConnection(asyncio.Protocol):
             self._start(request)
 
     def _start(self, request: Request) -> None:
-        """Have the request answered, in a task where that takes one."""
+        """Have the request answered, unless it was by its head; in a task where that takes one."""
+        if request is not self._answering:
+            return
         handler = request.handler
         if handler is None:
             self._respond(request, request.answer or _NOTHING)
@@ -431,13 +438,19 @@ class ClientConnection(asyncio.Protocol):
         if request.wants_close or not request.keep_alive or self.lost:
             self._drop_line()
             self.close_gently()
-        elif self._line:
+            return
+        self._rest()
+        if not self.paused:  # else when it has read what it got
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Turn to what the client has sent meanwhile, if it has."""
+        if self._line:
             self._loop.call_soon(self._serve_line)
-        else:
-            self._transport.resume_reading()
-            if self._receiving is not None and not self._in_head:  # it has sent half a request
-                self._open(self._receiving)
-            self._rest()
+            return
+        self._transport.resume_reading()
+        if self._receiving is not None and not self._in_head:  # it has sent half a request
+            self._open(self._receiving)
 
     def _rest(self) -> None:
         """Wait for the client's next request."""
@@ -447,7 +460,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _serve_line(self) -> None:
         """Take the next of the requests that were sent before the one in front was answered."""
-        if self.lost or self._answering is not None or not self._line:
+        if self.lost or self.paused or self._answering is not None or not self._line:
             return
         request = self._line.popleft()
         self._open(request)
@@ -464,7 +477,8 @@ class ClientConnection(asyncio.Protocol):
         if self._transport.is_closing():
             return
         left = self._idle_since + self._options.keep_alive_seconds - self._loop.time()
-        if self._answering is not None or self._receiving is not None or left > 0.001:
+        receiving = self._receiving is not None and not self.paused
+        if self._answering is not None or receiving or left > 0.001:
             wait = left if left > 0.001 else self._options.keep_alive_seconds
             self._idle = self._loop.call_later(wait, self._is_idle)
         elif self._transport.get_write_buffer_size():
@@ -483,8 +497,10 @@ class ClientConnection(asyncio.Protocol):
             _STATUS_LINES.get(answer.status) or b"HTTP/1.1 %d \r\n" % answer.status,
             self._shared.date,
             b"content-type: %s\r\ncontent-length: %d\r\n" % (answer.content_type, len(body)),
+            answer.lines,
         ]
-        head.extend([b"%s: %s\r\n" % header for header in answer.headers])
+        if answer.headers:
+            head.extend([b"%s: %s\r\n" % header for header in answer.headers])
         request.wants_close = self._closes(request)
         head.append(b"connection: close\r\n\r\n" if request.wants_close else b"\r\n")
         if request.method != "HEAD":
@@ -492,12 +508,12 @@ class ClientConnection(asyncio.Protocol):
         self._transport.write(b"".join(head))
         self._next(request)
 
-    def begin_stream(self, request: Request, headers: HeaderList, content_type: bytes) -> None:
+    def begin_stream(self, request: Request, lines: bytes, content_type: bytes) -> None:
         """Begin an answer in pieces; its head goes out with the first of them."""
         self._streaming = True
         self._chunked = request.keep_alive or self._parser.get_http_version() != "1.0"
-        head = [_STATUS_LINES[200], self._shared.date, b"content-type: %s\r\n" % content_type]
-        head.extend([b"%s: %s\r\n" % header for header in headers])
+        head = [_STATUS_LINES[200], self._shared.date]
+        head += [b"content-type: %s\r\n" % content_type, lines]
         if self._closes(request):
             request.wants_close = True
             head.append(b"connection: close\r\n")
@@ -594,12 +610,13 @@ class ClientConnection(asyncio.Protocol):
         self._shared.metrics.bad_requests.labels(why).inc()
         if self._transport.is_closing():
             return
-        body = plain_error(status, message)
-        retry = b"retry-after: 1\r\n" if status == 503 else b""
-        self._transport.write(
-            b"%scontent-type: application/json\r\ncontent-length: %d\r\n"
-            b"%sconnection: close\r\n\r\n%s" % (_STATUS_LINES[status], len(body), retry, body)
-        )
+        if not self._streaming:  # amid an answer there is no place for another
+            body = plain_error(status, message)
+            retry = b"retry-after: 1\r\n" if status == 503 else b""
+            self._transport.write(
+                b"%scontent-type: application/json\r\ncontent-length: %d\r\n"
+                b"%sconnection: close\r\n\r\n%s" % (_STATUS_LINES[status], len(body), retry, body)
+            )
         self._in_head = False
         self.close_gently()
 
@@ -608,7 +625,7 @@ class ClientConnection(asyncio.Protocol):
         self.lost = True
         self._drop_line()
         if self._task is not None:
-            self._task.cancel()
+            self._loop.call_soon(self._task.cancel)  # it has to have begun to be able to end well
         elif self._answering is not None and self._answering.handler is not None:
             self._spoil(self._receiving, ClientGone())
         if self._parts and self._receiving is not None:
