@@ -837,3 +837,22 @@ async def test_a_server_that_does_not_end_after_done_is_left(worker, model, rele
     assert {call.outcome for call in worker.journal.calls} == {Outcome.SUCCESS}
     await worker.until(lambda: worker.model.hung_up == 2, 10)
     assert worker.model.connections == 2
+
+
+@pytest.mark.parametrize("what", [b"\x00garbage\r\n\r\n", b"GET / HTTP/1.1\r\nhost"])
+async def test_what_is_wrong_behind_a_stream_never_gets_into_it(worker, model, release, what):
+    worker.model.behave = model.streaming(model.chunk("a"), then=model.hanging)
+    await worker.start(release(), head_seconds=0.3)
+    reader, writer = await asyncio.open_connection("127.0.0.1", worker.port)
+    writer.write(asking(worker, model))
+    begun = await reader.readuntil(b"\n\n\r\n")
+    writer.write(what)
+    async with asyncio.timeout(20):
+        rest = await reader.read()
+    writer.transport.abort()
+    assert begun.count(b"HTTP/1.1 ") == 1
+    assert rest == b""
+    await worker.until(lambda: bool(worker.journal.calls))
+    record = worker.journal.last
+    assert (record.outcome, record.reason) == (Outcome.CENSORED, "client_gone")
+    await worker.until(lambda: worker.model.hung_up == 1)
