@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from shipworthy.domain.plan import Capture, Endpoint, Limits, Mirror, Price
+from shipworthy.domain.plan import Capture, Endpoint, Hedge, Limits, Mirror, Price
 from shipworthy.domain.records import InferenceRecord
 from shipworthy.gateway.connection import Connections
 from shipworthy.gateway.http import BodyMemory
@@ -158,3 +158,46 @@ async def test_nothing_is_left_of_a_crowd(worker, model, tmp_path, caplog, clien
     ours = ("ClientConnection", "Mirrors", "Upstream", "Attempts")
     tasks = [repr(task.get_coro()) for task in asyncio.all_tasks()]
     assert not [task for task in tasks if any(name in task for name in ours)]
+
+
+async def test_nothing_is_left_of_second_attempts(worker, model):
+    chance = random.Random(3)
+    good = model.responding(model.answer_of(1))
+
+    async def serve(writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(chance.random() * 0.1)
+        draw = chance.random()
+        if draw < 0.1:
+            await model.resetting(writer)
+        elif draw < 0.15:
+            await model.hanging(writer)
+        else:
+            await good(writer)
+
+    worker.model.behave = worker.candidate_model.behave = serve
+    plan = worker.plan(deadlines=model.Deadlines(connect=20.0, attempt=3.0, total=10.0))
+    urls = (worker.model.url, worker.candidate_model.url)
+    endpoints = tuple(Endpoint(url=url, concurrency=30) for url in urls)
+    arm = changed(plan.stable, endpoints=endpoints)
+    await worker.start(changed(plan, stable=arm, hedge=Hedge(after=0.05, ratio=1.0)))
+    ends: Counter[str] = Counter()
+
+    async def call() -> None:
+        await asyncio.sleep(chance.random())
+        try:
+            async with asyncio.timeout(chance.random() * 0.1 if chance.random() < 0.3 else 30):
+                ends[str((await worker.infer()).status)] += 1
+        except TimeoutError:
+            ends["left"] += 1
+
+    await asyncio.gather(*[call() for _ in range(300)])
+    assert ends["200"] > 150
+    assert ends["left"] > 20
+    states = [one for one in all_of(EndpointState) if one.url in urls]
+    assert states
+    await worker.until(lambda: not any(one.outstanding for one in states), 10)
+    assert {gate.inside for gate in all_of(Gate)} == {0}
+    await worker.until(lambda: worker.model.open == worker.candidate_model.open == 0, 10)
+    assert {memory.held for memory in all_of(BodyMemory)} == {0}
+    assert {one.attempts for one in worker.journal.calls} >= {1, 2}
+    assert await worker.metric("shipworthy_gateway_errors_total") == 0
