@@ -33,7 +33,6 @@ from echoes import echoing
 from open_loop import percentile
 from reckoning import Findings, History, excess, read_journals, reckon
 from report import Figure, Report, argument_parser
-from revoking import revocations
 from shifts import COUNTED, MODELS, SERVERS, Publisher, Workers, running
 
 from shipworthy.domain.plan import Limits
@@ -269,6 +268,8 @@ def main() -> int:
     state.mkdir(exist_ok=True)
     outcome = churn(state, options)
     if given.revocations:
+        from revoking import revocations  # a project needs much that the crowd's process does not
+
         outcome.revoked.extend(revocations(state, options.workers, given.revocations))
     report_on(outcome, options, report)
     report.finish(given.json)
