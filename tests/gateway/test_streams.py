@@ -856,3 +856,40 @@ async def test_what_is_wrong_behind_a_stream_never_gets_into_it(worker, model, r
     record = worker.journal.last
     assert (record.outcome, record.reason) == (Outcome.CENSORED, "client_gone")
     await worker.until(lambda: worker.model.hung_up == 1)
+
+
+async def test_a_stream_without_length_or_chunks_ends_with_its_connection(worker, model, release):
+    worker.model.behave = model.streaming(
+        model.chunk("a"), model.LAST, model.DONE, then=model.closing, chunked=False
+    )
+    await worker.start(release())
+    reply = await worker.chat(stream=True)
+    assert texts(reply.events) == "a"
+    assert worker.journal.last.outcome is Outcome.SUCCESS
+    worker.model.behave = model.streaming(model.chunk("a"), then=model.closing, chunked=False)
+    reply = await worker.chat(stream=True)
+    assert error_of(reply.events[-1])["message"] == _BROKEN
+    assert worker.journal.last.reason == "broken"
+
+
+async def test_hints_before_an_answer_are_passed_over(worker, model, release):
+    async def hinting(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 103 Early Hints\r\ncontent-type: text/html\r\nlink: </x>\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        await model.telling("a")(writer)
+
+    worker.model.behave = hinting
+    await worker.start(release())
+    for _ in range(2):
+        assert texts((await worker.chat(stream=True)).events) == "a"
+    assert worker.model.connections == 1
+
+
+async def test_a_compressed_stream_is_none(worker, model, release):
+    worker.model.behave = model.streaming(
+        b"\x1f\x8b\x08\x00" * 20, then=model.closing, headers="content-encoding: gzip\r\n"
+    )
+    await worker.start(release(shield=model.Shield(retry_burst=0)))
+    reply = await worker.chat(stream=True)
+    assert (reply.status, worker.journal.last.reason) == (502, "broken")
