@@ -58,6 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _OpenAI(_Handler):
     key = ""
+    lists: Any = None
 
     def allowed(self) -> bool:
         if self.key and self.headers.get("authorization") != f"Bearer {self.key}":
@@ -70,6 +71,8 @@ class _OpenAI(_Handler):
             return None
         if self.path != "/v1/models":
             return self.say(404, {"detail": "Not Found"})
+        if self.lists is not None:
+            return self.say(200, self.lists)
         data = [
             {"id": name, "object": "model", "owned_by": "vllm", "root": name, "parent": parent}
             for name, parent in MODELS.items()
@@ -129,7 +132,9 @@ class _OpenAI(_Handler):
 
 
 class _MLflow(_Handler):
-    """Scores rows of `a` and `b`: their sum, and whether it is above one."""
+    """Scores rows of `a` and `b`, by their sum; or says something else."""
+
+    says: Any = None
 
     def do_GET(self) -> None:
         answers = {"/ping": "\n", "/health": "\n", "/version": "3.1.0"}
@@ -147,7 +152,7 @@ class _MLflow(_Handler):
             return self.say(400, {"error_code": "BAD_REQUEST", "message": why})
         sums = [float(row["a"]) + float(row["b"]) for row in table]
         rows = [{"sum": total, "big": "yes" if total > 1 else "no"} for total in sums]
-        return self.say(200, {"predictions": rows})
+        return self.say(200, {"predictions": rows} if self.says is None else self.says)
 
 
 @contextmanager
@@ -166,11 +171,14 @@ def running(handler: type[_Handler], **settings: Any) -> Iterator[Mock]:
         thread.join()
 
 
-def openai_server(key: str = "") -> Any:
-    """A context manager that gives the `Mock`; with a key it wants it."""
-    return running(_OpenAI, key=key)
+def openai_server(key: str = "", lists: Any = None) -> Any:
+    """A context manager that gives the `Mock`; with a key it wants it.
+
+    `lists` is what it says in place of its models.
+    """
+    return running(_OpenAI, key=key, lists=lists)
 
 
-def mlflow_server() -> Any:
-    """The same, scoring for MLflow."""
-    return running(_MLflow)
+def mlflow_server(says: Any = None) -> Any:
+    """The same, scoring for MLflow; it may say something else than scores."""
+    return running(_MLflow, says=says)

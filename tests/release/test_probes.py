@@ -9,6 +9,7 @@ from shipworthy.protocols import oip
 from shipworthy.release import probes
 from shipworthy.release.catalogue import built_in
 from shipworthy.release.probes import Started
+from shipworthy.release.show import show_release
 
 NOW = 1_000_000.0
 SAMPLE = oip.encode_request([oip.TensorValues("x", "FP64", (1, 2), [0.0, 1.0])])
@@ -213,3 +214,15 @@ async def test_narrower_operations_break_clients(create) -> None:
     tensors = create().release
     found = await probes.probe_compatible(tensors, serving, now=NOW)
     checked(found, Verdict.FAIL, "protocol changes")
+
+
+async def test_what_a_language_model_does_and_what_is_added_is_shown(create) -> None:
+    spec = {"behaviour": {"system": "Be brief. " * 20, "pin_sampling": True, "tools": [{"a": 1}]}}
+    sampling = {"inference": {"sampling": {"temperature": 0.2}}}
+    shown = show_release(create(**LANGUAGE, **spec, **sampling).release, "ana")
+    assert shown.speaks == "openai, chat"
+    assert "prompt 'Be brief. " in shown.adds
+    assert "1 tools; temperature 0.2; in place of what clients" in shown.adds
+    assert len(shown.adds) < 200
+    plain = show_release(create().release, "ana")
+    assert (plain.speaks, plain.adds) == ("oip-v2", "")

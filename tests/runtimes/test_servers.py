@@ -79,3 +79,30 @@ async def test_an_mlflow_server_is_asked_with_rows(tmp_path: Path) -> None:
 async def test_what_is_no_model_server_is_told_as_such() -> None:
     with pytest.raises(Unavailable, match="does not answer"):
         await looked_at("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "<html>", [], {}, {"predictions": None}, {"predictions": []}, {"predictions": 3},
+        {"predictions": [[1], 2]}, {"predictions": [1, [2]]}, {"predictions": [[1], [2, 3]]},
+        {"predictions": [{"a": 1}, {"b": 2}]}, {"predictions": [{"a": {}}, {"a": {}}]},
+        {"predictions": [1]}, {"predictions": {"a": 1}}, {"predictions": [None, None]},
+    ],
+)  # fmt: skip
+async def test_answers_that_make_no_contract_are_told_as_such(tmp_path: Path, says: object) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("a,b\n1,2\n0.5,0.25\n")
+    with mlflow_server(says) as server, pytest.raises(RuntimeFailed, match="by hand"):
+        await looked_at(server.url, rows=rows, name="adder")
+
+
+@pytest.mark.parametrize(
+    "lists", ["<html>", [], {"data": None}, {"data": [{"name": "x"}]}, {"data": []}, {"data": [7]}]
+)
+async def test_lists_that_are_none_are_told_as_such(lists: object) -> None:
+    with openai_server(lists=lists) as server:
+        with pytest.raises(RuntimeFailed, match="speaks none of the protocols"):
+            await looked_at(server.url)
+        with pytest.raises(RuntimeFailed, match="lists no models"):
+            await looked_at(f"{server.url}/v1")

@@ -180,6 +180,10 @@ async def _start_package(
     session: Session, http: HttpClient, release: Release, request: bytes
 ) -> Started:
     """Start a release from its stored parts alone, in an empty folder, and ask it once."""
+    manifest = manifest_of(release)
+    asked = as_its_server_takes_it(
+        manifest.contract, request, release.model, behaviour_of(manifest)
+    )
     with TemporaryDirectory(prefix="shipworthy-") as folder:
         runtime = make_runtimes(session, http, Path(folder))
         deployment = Deployment(
@@ -201,7 +205,11 @@ async def _start_package(
                     await asyncio.sleep(0.05)
             seconds = time.monotonic() - begun
             answer = await http.request(
-                "POST", f"{url}/v2/models/{release.model}/infer", body=request, timeout=60.0
+                "POST",
+                base_of(url, manifest.contract.protocol) + asked.path,
+                headers={"Content-Type": "application/json"},
+                body=asked.body,
+                timeout=60.0,
             )
         except TimeoutError:
             message = f"{release.name} was not ready within {START_SECONDS:.0f} s"
@@ -212,7 +220,7 @@ async def _start_package(
         message = f"{release.name} started but answered its sample with HTTP {answer.status}"
         raise Refused(message)
     version = ".".join(str(part) for part in sys.version_info[:3])
-    lock = manifest_of(release).environment.lock
+    lock = manifest.environment.lock
     built = f"the interpreter of {lock.path}" if lock else f"Python {version}"
     return Started(interpreter=built, seconds=seconds, answer=answer.body)
 

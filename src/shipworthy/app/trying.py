@@ -248,6 +248,8 @@ async def _try_endpoint(session: Session, wanted: Wanted) -> Tried:
     )
     async with AiohttpClient() as http:
         seen = await inspect_server(asking, http)
+    if wanted.sample is not None and not seen.contract.tensors:
+        read_requests(wanted.sample)  # one that holds none is told, not passed over
     if seen.model is None:
         message = f"{seen.base_url} does not tell what its model is called; name it with --name"
         raise UsageError(message)

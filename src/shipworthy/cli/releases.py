@@ -124,6 +124,8 @@ def _say_release(shown: ShownRelease) -> None:
         "code": shown.code,
         "runs on": f"{shown.engine}, {shown.environment}",
         "served by": shown.serving,
+        "speaks": shown.speaks,
+        "adds": shown.adds,
         "inputs": "; ".join(shown.inputs),
         "outputs": "; ".join(shown.outputs),
         "metrics": "; ".join(_claim(metric) for metric in shown.metrics),

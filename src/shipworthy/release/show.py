@@ -8,6 +8,8 @@ from shipworthy.domain.lifecycle import Release, manifest_of
 from shipworthy.domain.manifest import Artifact, EndpointServing, Manifest, Metric
 from shipworthy.domain.statistics.intervals import normal_interval, wilson_interval
 
+_PROMPT = 60
+
 
 class ShownPart(msgspec.Struct, frozen=True, kw_only=True):
     """An artifact or data set: how many files and bytes, and a note such as what it imports."""
@@ -50,6 +52,8 @@ class ShownRelease(msgspec.Struct, frozen=True, kw_only=True):
     serving: str
     artifacts: tuple[ShownPart, ...]
     data: tuple[ShownPart, ...]
+    speaks: str
+    adds: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     metrics: tuple[ShownMetric, ...]
@@ -84,6 +88,8 @@ def show_release(release: Release, maker: str) -> ShownRelease:
             )
             for data in manifest.data
         ),
+        speaks=", ".join((contract.protocol, *contract.operations)),
+        adds=_added(manifest),
         inputs=tuple(f"{one.name}: {one.datatype} {list(one.shape)}" for one in contract.inputs),
         outputs=tuple(f"{one.name}: {one.datatype} {list(one.shape)}" for one in contract.outputs),
         metrics=tuple(
@@ -93,6 +99,24 @@ def show_release(release: Release, maker: str) -> ShownRelease:
         ),
         gaps=tuple(_gaps(manifest)),
     )
+
+
+def _added(manifest: Manifest) -> str:
+    """What the gateway adds to requests for a language model; a prompt by its beginning."""
+    if manifest.contract.tensors:
+        return ""
+    said = manifest.behaviour or {}
+    sampling = manifest.inference.sampling
+    system = str(said.get("system", ""))
+    shown = system if len(system) <= _PROMPT else f"{system[:_PROMPT]}…"
+    parts = {
+        f"prompt {shown!r}": bool(system),
+        "a chat template": "chat_template" in said,
+        f"{len(said.get('tools', ()))} tools": bool(said.get("tools")),
+        ", ".join(f"{name} {value}" for name, value in sampling.items()): bool(sampling),
+        "in place of what clients say of sampling": bool(said.get("pin_sampling")),
+    }
+    return "; ".join(part for part, there in parts.items() if there)
 
 
 def _artifact(artifact: Artifact) -> ShownPart:

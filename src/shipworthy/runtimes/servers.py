@@ -279,7 +279,11 @@ def _output(base: str, name: str, values: Any) -> Tensor:
         inner = rows[0]
     if not shape:
         raise _by_hand(base, f"its predictions of {name} are no list")
-    return Tensor(name, _datatype(flattened(values)), (ANY, *shape[1:]))
+    try:
+        flat = flattened(values)
+    except TypeError:
+        raise _by_hand(base, f"its predictions of {name} are lists and single values") from None
+    return Tensor(name, _datatype(flat), (ANY, *shape[1:]))
 
 
 def _datatype(values: Sequence[Any]) -> Datatype:
