@@ -129,6 +129,12 @@ def test_an_event_larger_than_allowed_is_an_error(stream, cuts):
         fed(stream, cuts, 10)
 
 
+def test_what_was_over_before_an_event_that_is_too_large_is_told():
+    with pytest.raises(EventTooLarge) as raised:
+        fed(b"data: a\n\ndata: b\n\ndata: 1234567\n\ndata: c\n\n", max_event=10)
+    assert raised.value.before == [b"data: a\n\n", b"data: b\n\n"]
+
+
 def test_many_small_events_may_together_be_larger_than_one():
     events, rest = fed(b"data: a\n\n" * 9 + b"dat", max_event=10)
     assert (len(events), rest) == (9, b"dat")
