@@ -78,7 +78,7 @@ def test_without_limits_everything_is_admitted_and_nothing_told(tmp_path: Path, 
     worker = Worker(tmp_path, clock).obey()
     admission = worker.admitted(10**9, 1e9)
     admission.settle(10**9, 1e9)
-    assert admission.headers == []
+    assert admission.lines == b""
     assert worker.admitted() is admission  # at no cost
 
 
@@ -98,13 +98,13 @@ def test_requests_are_limited_over_all_workers(tmp_path: Path, clock: Clock):
     workers[0].admitted()
     workers[1].denied()
     clock.now += 120
-    assert dict(workers[1].admitted().headers)[b"x-ratelimit-remaining-requests"] == b"4"
+    assert told(workers[1].admitted())[b"x-ratelimit-remaining-requests"] == b"4"
 
 
 def test_tokens_are_reserved_and_settled_on_what_was_used(tmp_path: Path, clock: Clock):
     one, other = (Worker(tmp_path, clock).obey(Limits(tokens_per_minute=100)) for _ in range(2))
     reserved = one.admitted(80)
-    assert dict(reserved.headers)[b"x-ratelimit-remaining-tokens"] == b"20"
+    assert told(reserved)[b"x-ratelimit-remaining-tokens"] == b"20"
     denial = other.denied(30)
     assert (denial.code, denial.limit) == ("rate_limit_exceeded", "tokens")
     reserved.settle(50, 0.0)
@@ -124,7 +124,7 @@ def test_what_a_long_call_used_beyond_its_reservation_counts_when_it_ends(
     call.settle(150, 0.9)
     worker.denied(1)
     clock.now += 120
-    assert dict(worker.admitted(1).headers)[b"x-shipworthy-budget-remaining"] == b"0.100000"
+    assert told(worker.admitted(1))[b"x-shipworthy-budget-remaining"] == b"0.100000"
 
 
 def test_places_are_taken_and_freed(tmp_path: Path, clock: Clock):
@@ -145,7 +145,7 @@ def test_a_budget_lasts_until_midnight(tmp_path: Path, clock: Clock):
     assert (denial.code, denial.limit) == ("budget_exceeded", "budget")
     assert denial.message.startswith("the key k has not enough left of its budget of 1 a day")
     admission = other.admitted(0, 0.4)
-    assert dict(admission.headers) == {b"x-shipworthy-budget-remaining": b"0.100000"}
+    assert told(admission) == {b"x-shipworthy-budget-remaining": b"0.100000"}
     clock.now += int(dict(denial.headers)[b"retry-after"])
     one.admitted(0, 1.0)
     other.denied(0, 0.1)
@@ -155,7 +155,7 @@ def test_costs_below_the_smallest_unit_add_up(tmp_path: Path, clock: Clock):
     worker = Worker(tmp_path, clock).obey(Limits(budget_per_day=1.0))
     for _ in range(1_000):
         worker.admitted(0, 2.5e-7).settle(0, 2.5e-7)
-    left = dict(worker.admitted().headers)[b"x-shipworthy-budget-remaining"]
+    left = told(worker.admitted())[b"x-shipworthy-budget-remaining"]
     assert left == b"0.999750"
 
 
@@ -164,7 +164,7 @@ def test_the_tighter_of_key_and_model_counts_and_is_told(tmp_path: Path, clock: 
         Limits(requests_per_minute=10, tokens_per_minute=50, budget_per_day=5),
         Limits(requests_per_minute=3, tokens_per_minute=500, budget_per_day=9),
     )
-    headers = dict(worker.admitted(20, 1.0).headers)
+    headers = told(worker.admitted(20, 1.0))
     assert headers[b"x-ratelimit-limit-requests"] == b"3"
     assert headers[b"x-ratelimit-limit-tokens"] == b"50"
     assert headers[b"x-ratelimit-remaining-tokens"] == b"30"
@@ -474,3 +474,8 @@ def test_a_worker_that_is_stopped_amid_its_work_blocks_nobody(tmp_path: Path, cl
             os.waitid(os.P_PID, process.pid, os.WSTOPPED)
             worker.admitted().settle(0, 0)
             os.kill(process.pid, signal.SIGCONT)
+
+
+def told(admission):
+    """What its header lines say."""
+    return dict(line.split(b": ", 1) for line in admission.lines.splitlines())

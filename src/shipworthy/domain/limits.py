@@ -131,6 +131,12 @@ def _excess(
 
 
 def rate_headers(sides: Iterable[tuple[Bounds, Usage]], now: float) -> list[tuple[bytes, bytes]]:
+    """What `rate_lines` says, header by header."""
+    pairs = (line.split(b": ", 1) for line in rate_lines(sides, now).splitlines())
+    return [(name, value) for name, value in pairs]
+
+
+def rate_lines(sides: Iterable[tuple[Bounds, Usage]], now: float) -> bytes:
     """What is told of limits with each answer, in the words of OpenAI's API where it has them.
 
     `sides` are those of key and model with what they have used; of each limit the tighter is told.
@@ -153,23 +159,22 @@ def rate_headers(sides: Iterable[tuple[Bounds, Usage]], now: float) -> list[tupl
         bound = bounds[3]
         if bound < _NO_BOUND and bound - spent < budget:
             budget = bound - spent
-    headers: list[tuple[bytes, bytes]] = []
+    lines = b""
     if to_requests:
-        headers += (
-            (b"x-ratelimit-limit-requests", b"%d" % most_requests),
-            (b"x-ratelimit-remaining-requests", b"%d" % max(0, requests)),
-            (b"x-ratelimit-reset-requests", to_requests),
-        )
+        lines = _REQUEST_LINES % (most_requests, max(0, requests), to_requests)
     if to_tokens:
-        headers += (
-            (b"x-ratelimit-limit-tokens", b"%d" % most_tokens),
-            (b"x-ratelimit-remaining-tokens", b"%d" % max(0, tokens)),
-            (b"x-ratelimit-reset-tokens", to_tokens),
-        )
+        lines += _TOKEN_LINES % (most_tokens, max(0, tokens), to_tokens)
     if budget < _NO_BOUND:
-        amount = b"%d.%06d" % divmod(max(0, budget), MICROS)
-        headers.append((b"x-shipworthy-budget-remaining", amount))
-    return headers
+        lines += _BUDGET_LINE % divmod(max(0, budget), MICROS)
+    return lines
+
+
+_REQUEST_LINES: Final = (
+    b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\n"
+    b"x-ratelimit-reset-requests: %s\r\n"
+)
+_TOKEN_LINES: Final = _REQUEST_LINES.replace(b"requests", b"tokens")
+_BUDGET_LINE: Final = b"x-shipworthy-budget-remaining: %d.%06d\r\n"
 
 
 def _reset(before: int, used: int, second: float) -> bytes:

@@ -7,6 +7,7 @@ gateway worker imports it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -39,6 +40,7 @@ def fnv1a32(text: str) -> int:
     return value
 
 
+@lru_cache(maxsize=8192)  # a session asks more than once
 def bucket_of(seed: str, unit: str) -> int:
     """The unit's place in the split named by `seed`: 0 to 9,999."""
     return fnv1a32(str(fnv1a32(seed + unit))) % BUCKETS

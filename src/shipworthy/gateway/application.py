@@ -12,7 +12,7 @@ from typing import Final
 from shipworthy import __version__
 from shipworthy.domain.contract import Operation
 from shipworthy.domain.keys import hash_key, key_id
-from shipworthy.domain.plan import Key
+from shipworthy.domain.plan import Key, Snapshot
 from shipworthy.gateway.access_log import plain_line
 from shipworthy.gateway.connection import Connections
 from shipworthy.gateway.dialects import (
@@ -51,6 +51,7 @@ _UNAUTHENTICATED: Final = (
     " is not revoked and has not expired"
 )
 _MAX_KEY: Final = 512
+_MAX_KNOWN: Final = 10_000
 
 
 class Application:
@@ -71,6 +72,11 @@ class Application:
         self._monotonic = parts.outside.monotonic
         self._inference = InferenceDoor(parts)
         self._feedback = FeedbackDoor(parts)
+        # Keys that this snapshot's hashes have let in, by what was sent: hashing costs more than
+        # all else at the door. A dictionary compares by a keyed hash first, so nobody can feel
+        # their way to a key through its time.
+        self._known: dict[bytes, Key] = {}
+        self._known_by: Snapshot | None = None
         self._faults: set[tuple[str, int]] = set()
         self._open_doors: dict[str, Callable[[], Answer]] = {
             "/healthz": _liveness,
@@ -217,9 +223,21 @@ class Application:
                 503, "the gateway has no keys fresh enough to tell who may call", headers=[RETRY]
             )
         raw = request.headers.get(b"authorization", b"")
+        snapshot = self._follower.current
+        if snapshot is not self._known_by:
+            self._known_by = snapshot
+            self._known.clear()
+        known = self._known.get(raw)
+        if known is not None and (known.expires is None or self._clock() < known.expires):
+            return known
+        key = self._identify(raw, snapshot)
+        if len(self._known) < _MAX_KNOWN:
+            self._known[raw] = key
+        return key
+
+    def _identify(self, raw: bytes, snapshot: Snapshot | None) -> Key:
         scheme, _, credentials = raw.partition(b" ")
         text = credentials.strip().decode("latin-1")
-        snapshot = self._follower.current
         name = key_id(text) if scheme.lower() == b"bearer" and len(text) <= _MAX_KEY else None
         key = snapshot.keys.get(name) if snapshot and name else None
         same = hmac.compare_digest(hash_key(text), key.hash if key else _NO_KEY)

@@ -256,12 +256,13 @@ class ClientConnection(asyncio.Protocol):
         """Decide about the request, or let it wait for its turn."""
         request = self._receiving
         assert request is not None  # noqa: S101  # a message has begun
-        request.method = self._parser.get_method().decode("ascii")
-        request.keep_alive = (
-            self._parser.should_keep_alive()
-            and self._parser.get_http_version() != "1.0"
-            and not self._parser.should_upgrade()
-        )
+        parser, headers = self._parser, request.headers
+        request.method = parser.get_method().decode("ascii")
+        request.keep_alive = parser.should_keep_alive()
+        if b"connection" in headers and (
+            parser.get_http_version() == "1.0" or parser.should_upgrade()
+        ):
+            request.keep_alive = False
         request.path = self._path()
         self._in_head = False
         self._head_bytes = 0

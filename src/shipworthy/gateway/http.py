@@ -28,12 +28,16 @@ def plain_error(_status: int, message: str, _code: str = "") -> bytes:
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What goes back: `headers` come on top of content type and length."""
+    """What goes back: `headers` come on top of content type and length, and so do `lines`.
+
+    Those are whole header lines, each with its end.
+    """
 
     status: int
     body: bytes
     headers: HeaderList = []
     content_type: bytes = JSON
+    lines: bytes = b""
 
 
 class Refusal(Exception):
@@ -98,7 +102,7 @@ class Client(Protocol):
     lost: bool
     paused: bool
 
-    def begin_stream(self, request: Request, headers: HeaderList, content_type: bytes) -> None:
+    def begin_stream(self, request: Request, lines: bytes, content_type: bytes) -> None:
         """Begin an answer in pieces; its head goes out with the first of them."""
         ...
 

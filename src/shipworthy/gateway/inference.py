@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from msgspec import structs
+
 from shipworthy.domain.plan import Key
 from shipworthy.domain.routing import Choice, choose
 from shipworthy.gateway.attempts import Attempts, refuses_input
@@ -80,7 +82,8 @@ class InferenceDoor:
         if answer is None:
             self._mirrors.consider(call, call.streamed)
             return None
-        answer.headers.extend(_told(call))
+        if not answer.lines:
+            answer = structs.replace(answer, lines=_told(call))
         self._write(call, answer.status, answer.body)
         if call.attempts:
             self._mirrors.consider(call, answer.body)
@@ -202,17 +205,16 @@ class InferenceDoor:
     ) -> Answer | None:
         call.serving = arm
         call.answered_by = arm.name
-        headers = list(arm.headers)
+        reply, lines = given.reply, arm.lines + _told(call)
         if arm is not call.arm:
             self._metrics.fallbacks.labels(call.live.plan.name, "stable").inc()
-            headers.append((b"x-shipworthy-fallback", b"stable"))
-        reply = given.reply
-        headers += reply.extra
+            lines += b"x-shipworthy-fallback: stable\r\n"
+        if reply.extra:
+            lines += b"".join([b"%s: %s\r\n" % header for header in reply.extra])
         if given.stream is not None:
-            headers += _told(call)
-            await self._streams.pump(request, call, given.stream, headers, reply.content_type)
+            await self._streams.pump(request, call, given.stream, lines, reply.content_type)
             return None
-        return Answer(200, reply.body, headers, reply.content_type)
+        return Answer(200, reply.body, [], reply.content_type, lines)
 
     def _nothing(self, request: Request, call: Call, ask: Ask, reply: Reply) -> Answer:
         """Nobody could answer: the policy's message, marked as such, or what went wrong."""
@@ -255,12 +257,10 @@ def _asked(
         return None, 0.0, problem or refusal
 
 
-def _told(call: Call) -> HeaderList:
+def _told(call: Call) -> bytes:
     """What every answer says: the inference's id, and what is left of limits."""
-    told = [(b"x-shipworthy-inference", call.id.encode())]
-    if call.admission is not None:
-        told += call.admission.headers
-    return told
+    left = b"" if call.admission is None else call.admission.lines
+    return b"x-shipworthy-inference: %s\r\n%s" % (call.id.encode(), left)
 
 
 def _wait(reply: Reply) -> HeaderList:

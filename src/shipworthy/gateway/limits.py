@@ -21,6 +21,7 @@ from shipworthy.domain.limits import (
     fits,
     micros_of,
     rate_headers,
+    rate_lines,
     refusal_text,
     retry_headers,
 )
@@ -88,9 +89,9 @@ class Admission:
         self._micros = micros
 
     @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """What is left, as it was when the request was admitted; the tighter of key and model."""
-        return rate_headers(self._sides, self._now)
+    def lines(self) -> bytes:
+        """Headers that tell what was left when it was admitted; the tighter of key and model."""
+        return rate_lines(self._sides, self._now) if self._sides else b""
 
     def settle(self, tokens: int, cost: float) -> None:
         """Count what was used for what was reserved, and free the place; once."""

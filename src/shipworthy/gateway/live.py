@@ -45,6 +45,7 @@ class LiveArm:
             (b"x-shipworthy-release", arm.release.encode()),
             (b"x-shipworthy-digest", arm.digest.encode()),
         ]
+        self.lines = b"".join(b"%s: %s\r\n" % header for header in self.headers)
 
     @cached_property
     def scoring(self) -> Scoring:

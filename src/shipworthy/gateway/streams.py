@@ -16,7 +16,7 @@ import msgspec
 from shipworthy.gateway.call import Ask, Call, EventReader, Timing
 from shipworthy.gateway.capture import Capture
 from shipworthy.gateway.failures import GONE, TEXT
-from shipworthy.gateway.http import ClientGone, HeaderList, Request
+from shipworthy.gateway.http import ClientGone, Request
 from shipworthy.gateway.live import LiveArm, LivePlan
 from shipworthy.gateway.parts import Parts
 from shipworthy.gateway.upstream import (
@@ -43,7 +43,8 @@ class OpenStream:
     """A stream from an endpoint whose first content is here, or which has ended without any.
 
     `held` is what has come of it so far, as the client gets it. `reason` says how it ended, None
-    while it goes on; `last` is the event that ends it.
+    while it goes on; `last` is the event that ends it. `max_event` bounds what comes before the first
+    content, too.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class OpenStream:
         self.reason: Reason | None = None
         self.last = b""
         self.endpoint = endpoint
+        self.max_event = max_event
         self._upstream = upstream
         self._wire = wire
         self._splitter = EventSplitter(max_event)
@@ -211,8 +213,13 @@ async def _begun(  # see open_stream
 ) -> Given:
     """Read up to the first content."""
     try:
+        size = 0
         while stream.reason is None and not stream.reader.pieces:
-            stream.held += await stream.more(deadline, when_late)
+            more = await stream.more(deadline, when_late)
+            stream.held += more
+            size += sum(map(len, more))
+            if size > stream.max_event and not stream.reader.pieces:
+                stream.reason = Reason.BROKEN
     except BaseException:
         stream.end(Reason.CLIENT_GONE)
         raise
@@ -242,7 +249,7 @@ class Streams:
         request: Request,
         call: Call,
         stream: OpenStream,
-        headers: HeaderList,
+        lines: bytes,
         content_type: bytes,
     ) -> None:
         """Send the stream to its end, whatever that is; its record is written just before."""
@@ -250,7 +257,7 @@ class Streams:
         kept = Kept(call.live)
         reason: Reason | None = None
         try:
-            client.begin_stream(request, headers, content_type)
+            client.begin_stream(request, lines, content_type)
             reason = await self._pass_on(request, call, stream, kept)
         except (ClientGone, asyncio.CancelledError):
             reason = Reason.CLIENT_GONE if request.gone() else Reason.SHUTDOWN

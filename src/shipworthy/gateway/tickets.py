@@ -51,7 +51,8 @@ class TicketOffice:
             raise UsageError(
                 f"the signing secret has {len(secret)} bytes; give at least {LEAST_SECRET_BYTES}"
             )
-        self._key = blake2b(secret, digest_size=32, person=b"inference-id").digest()
+        key = blake2b(secret, digest_size=32, person=b"inference-id").digest()
+        self._keyed = blake2b(key=key, digest_size=_MAC_BYTES)
         self._worker = worker
         self._numbers = count()
         self._marks: dict[str, bytes] = {}
@@ -93,7 +94,9 @@ class TicketOffice:
         )
 
     def _mac(self, fields: bytes) -> bytes:
-        return blake2b(fields, key=self._key, digest_size=_MAC_BYTES).digest()
+        mac = self._keyed.copy()
+        mac.update(fields)
+        return mac.digest()
 
 
 class Pseudonyms:
@@ -108,11 +111,14 @@ class Pseudonyms:
             raise UsageError(
                 f"the pseudonym secret has {len(secret)} bytes; give at least {LEAST_SECRET_BYTES}"
             )
-        self._key = blake2b(secret, digest_size=32, person=b"unit-pseudonym").digest()
+        key = blake2b(secret, digest_size=32, person=b"unit-pseudonym").digest()
+        self._keyed = blake2b(key=key, digest_size=8)
 
     def of(self, unit: str) -> str:
         """The unit's pseudonym."""
-        return blake2b(unit.encode(), key=self._key, digest_size=8).hexdigest()
+        pseudonym = self._keyed.copy()
+        pseudonym.update(unit.encode())
+        return pseudonym.hexdigest()
 
 
 def _mark(key: str) -> bytes:

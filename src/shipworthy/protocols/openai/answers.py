@@ -129,7 +129,10 @@ def read_answer(operation: Operation, body: bytes) -> Answered:
             field = "message" if operation == "chat" else "text"
             return Answered(problem=f"choices[{index}].{field}: missing")
         size += length(choice.text)
-    finish = _joined(choice.finish_reason for choice in reply.choices)
+    if len(reply.choices) == 1:  # nearly always
+        finish = (reply.choices[0].finish_reason or "")[:_MAX_FINISH]
+    else:
+        finish = _joined(choice.finish_reason for choice in reply.choices)
     return Answered(_usage(reply.usage), finish, size, tools)
 
 
