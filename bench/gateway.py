@@ -129,6 +129,10 @@ class Bench:
                 for service in pair:
                     body = chat(service, BUSY.size)
                     self._attempt("two workers", partial(self._closed, service, BUSY, body))
+            for turn in range(self.pace.rounds):
+                say(f"fixed rate, round {turn + 1} of {self.pace.rounds}")
+                for service in [*services, *pair]:
+                    self._attempt(f"{service.name} at a fixed rate", partial(self._open, service))
             for service in [*pair, *(one for one in started if one.name == "ours")]:
                 self._attempt(service.name, partial(check_own, service))
         with ExitStack() as stack:
@@ -201,8 +205,6 @@ class Bench:
             if service.name == "ours":
                 asked = infer_service(service)
                 self._attempt("ours oip", partial(self._closed, asked, OIP, INFER_REQUEST))
-        for service in services:
-            self._attempt(f"{service.name} at a fixed rate", partial(self._open, service))
 
     def _load(self, service: Service, body: bytes, connections: int, seconds: float) -> Closed:
         closed = self.wrk.run(
@@ -235,9 +237,10 @@ class Bench:
         if seen.open:
             at = seen.open[0].rate
         else:
-            limit = (seen.of(BUSY, rate) or 0.0) * _SHARE
+            limit = max(map(rate, seen.closed[BUSY.name]), default=0.0) * _SHARE
             can = [pace for pace in (RATE, *_SLOWER) if pace <= limit]
-            at = RATE if service.name == "ours" else next(iter(can), _SLOWER[-1])
+            own = service.name.startswith("ours")
+            at = RATE if own else next(iter(can), _SLOWER[-1])
         body = chat(service, FIRST.size)
         requests = [post(service, body, **{UNIT_HEADER: f"user-{n}"}) for n in range(_UNITS)]
         opened = open_loop(service.port, requests, rate=at, seconds=self.pace.open_seconds)
@@ -321,10 +324,14 @@ def tell(bench: Bench, report: Report) -> None:
     if ours.cpu[OIP.name]:
         spent = ours.cpu_us(OIP)
         report.note(f"an OIP inference of 64 numbers: {number(spent)} µs CPU of ours")
-    pair = bench.seen["ours_2_workers"].of(BUSY, rate)
-    if pair is not None:
-        report.figure("rps.ours_2_workers", pair)
-        report.note(f"two workers of ours: {number(pair)} requests/s at 32 connections")
+    pair = bench.seen["ours_2_workers"]
+    if pair.closed[BUSY.name] and pair.open:
+        report.figure("rps.ours_2_workers", pair.of(BUSY, rate))
+        report.figure("p99_ms.ours_2_workers", in_ms(pair.opened(most)))
+        report.note(
+            f"two workers of ours: {number(pair.of(BUSY, rate))} requests/s at 32 connections,"
+            f" p99 {milliseconds(pair.opened(most))} ms at {RATE:,} requests/s"
+        )
     for requests, megabytes in bench.growth:
         report.figure(f"rss_mb.after_{requests // 1000}k", megabytes)
     if bench.growth:
