@@ -27,6 +27,7 @@ _KEPT_HEADERS: Final = frozenset(
     {
         b"content-type", b"content-length", b"content-encoding", b"transfer-encoding",
         b"retry-after", b"inference-header-content-length",
+        b"x-request-id", b"openai-processing-ms",
     }
 )  # fmt: skip
 OWN_LACKS: Final = frozenset(

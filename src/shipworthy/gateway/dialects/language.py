@@ -10,7 +10,7 @@ from shipworthy.domain.contract import OPERATIONS, Operation
 from shipworthy.domain.contract import Protocol as WireProtocol
 from shipworthy.domain.features import Features, features_of_text
 from shipworthy.gateway.call import Call, EventReader, Usage
-from shipworthy.gateway.upstream import Outgoing, Reply
+from shipworthy.gateway.upstream import Outgoing, Reply, told_on
 from shipworthy.protocols.events import error_event
 from shipworthy.protocols.messages import InvalidMessage
 from shipworthy.protocols.openai import (
@@ -113,6 +113,7 @@ class LanguageAsk:
             reply,
             body=rename_model(reply.body, arm.arm.served_model, call.live.plan.name),
             content_type=reply.headers.get(b"content-type", b"application/json"),
+            extra=told_on(reply.headers),
         )
 
     def reader(self, arm: LiveArm, call: Call) -> EventReader:
@@ -134,8 +135,10 @@ class LanguageAsk:
         """What the server says of an input, word for word."""
         if reply.reason is not Reason.REFUSED or reply.status not in _MAY_REFUSE_INPUT:
             return None
+        if not reply.body:
+            return None
         kind = reply.headers.get(b"content-type", b"application/json")
-        return msgspec.structs.replace(reply, content_type=kind) if reply.body else None
+        return msgspec.structs.replace(reply, content_type=kind, extra=told_on(reply.headers))
 
     def read_by(self, arm: LiveArm) -> int:
         """About how many tokens an arm reads, with what its release adds."""
@@ -147,7 +150,8 @@ class _Reader:
     """Reads along with a stream; see `EventReader`."""
 
     def __init__(self, ask: LanguageAsk, arm: LiveArm, call: Call) -> None:
-        self.tells_usage = ask.said.include_usage
+        asked = call.counts_tokens(arm) and not ask.said.include_usage
+        self.tells_usage = not asked  # by us: then it is not the client's to see
         self._reader = StreamReader(ask.said.operation)
         self._ask = ask
         self._arm = arm
