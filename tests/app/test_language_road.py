@@ -216,6 +216,9 @@ def told_of_costs(town: Town) -> None:
 
 def test_copies_limits_and_adapters(town: Town, server: Mock) -> None:
     town.start()
+    (town.root / "policy.yaml").write_text(json.dumps({**POLICY, "mirror": {"to": "other@1"}}))
+    refused = town.run("apply", "-f", str(town.root / "policy.yaml"))
+    assert (refused.code, "mirror.to must be staging" in refused.stderr) == (2, True)
     told = write_policy(
         town, mirror={"to": "staging", "share": 1.0}, limits={"requests_per_minute": 5_000}
     )
@@ -256,10 +259,10 @@ def test_copies_limits_and_adapters(town: Town, server: Mock) -> None:
 
     town.key("poor", "--model", "assistant", "--requests-per-minute", "2", "--service")
     wait_for(lambda: chat(town, key="poor").status == 200)
-    refused = wait_for(lambda: (a := chat(town, key="poor")).status == 429 and a)
-    error = json.loads(refused.body)["error"]
+    limited = wait_for(lambda: (a := chat(town, key="poor")).status == 429 and a)
+    error = json.loads(limited.body)["error"]
     assert error["type"] == "rate_limit_error" or error["code"], error
-    assert int(refused.headers["retry-after"]) > 0
+    assert int(limited.headers["retry-after"]) > 0
 
 
 def test_trying_an_address_ends_with_a_line_that_works(town: Town, server: Mock) -> None:

@@ -61,6 +61,7 @@ def test_copies_are_told_when_they_begin_and_when_they_do_not(world: World) -> N
     [
         ("development", "development holds no release"),
         ("digits@7", "digits@7 is not registered"),
+        ("letters@1", "letters@1 is not registered"),  # as only an older policy can say
         ("digits@2", "digits@2 does not run there now"),
     ],
 )

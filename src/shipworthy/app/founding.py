@@ -142,7 +142,7 @@ def _policy_files(source: Path) -> list[Path]:
 def read_policy(file: Path) -> Policy:
     """Read a policy over its preset; what can never be met is a problem of the file."""
     policy = read_document(file.read_bytes(), str(file), Policy, prepare=with_preset)
-    impossible = unmeetable(policy.promotion, built_in())
+    impossible = [*unmeetable(policy.promotion, built_in()), *filter(None, [policy.nowhere()])]
     if impossible:
         raise InvalidDocument([f"{file}: {problem}" for problem in impossible])
     return policy

@@ -283,23 +283,23 @@ class Policy(Document):
             raise ValueError(message)
         return name
 
-    @model_validator(mode="after")
-    def _mirrors_elsewhere(self) -> Self:
+    def nowhere(self) -> str:
+        """Why its copies can never go anywhere; empty when they can.
+
+        Asked of a policy that is to be put in force: one that was stays readable, whatever it says.
+        """
         if self.mirror is None:
-            return self
+            return ""
         to = self.mirror.to
-        model, at, version = to.rpartition("@")
         if to == Stage.PRODUCTION:
-            message = "mirror.to is production, where the requests come from; name another stage"
-            raise ValueError(message)
-        own = at and model == self.model and version.isdigit()
-        if to not in set(Stage) and not own:
-            message = (
-                f"mirror.to must be staging, development or a release of {self.model}, such as"
-                f" {self.model}@4; it is {to!r}"
-            )
-            raise ValueError(message)
-        return self
+            return "mirror.to is production, where the requests come from; name another stage"
+        model, _, version = to.rpartition("@")
+        if to in set(Stage) or (model == self.model and version.isdecimal()):
+            return ""
+        return (
+            f"mirror.to must be staging, development or a release of {self.model}, such as"
+            f" {self.model}@4; it is {to!r}"
+        )
 
     def digest(self) -> str:
         """`sha256:…` over the whole policy, presets filled in."""

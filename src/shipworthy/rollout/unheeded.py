@@ -64,7 +64,9 @@ def _holder(tx: Transaction, model: str, stage: Stage) -> Release | None:
 
 
 def _named(tx: Transaction, model: str, name: str) -> Release | None:
-    version = name.rpartition("@")[2]
+    own, _, version = name.rpartition("@")
+    if own != model or not version.isdecimal():
+        return None
     return tx.releases.find(ReleaseReference(model, version=int(version)))
 
 
