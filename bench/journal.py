@@ -20,6 +20,7 @@ import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import cast
 
 import msgspec
 from report import Report, argument_parser
@@ -35,10 +36,12 @@ from shipworthy.domain.records import InferenceRecord, Outcome
 from shipworthy.domain.routing import choose
 from shipworthy.gateway.call import Call
 from shipworthy.gateway.capture import Capture as Writes
-from shipworthy.gateway.live import Fleet
+from shipworthy.gateway.http import Client, Request
 from shipworthy.gateway.metrics import Metrics
 from shipworthy.gateway.options import GatewayOptions
+from shipworthy.gateway.parts import Outside, assemble
 from shipworthy.gateway.tickets import TicketOffice
+from shipworthy.gateway.upstream import Upstream
 from shipworthy.protocols.outcomes import Reason
 from shipworthy.stores.journal import JournalWriter
 from shipworthy.stores.lake import questions as asked
@@ -147,16 +150,26 @@ def capture_cost(folder: Path, traffic: Traffic, count: int) -> float:
     plan = Plan(
         name=MODEL, model=MODEL, revision=1, fence=1, stable=arm, capture=Capture(payloads="full")
     )
-    fleet = Fleet(GatewayOptions())
-    fleet.obey(Snapshot(written=0.0, plans={MODEL: plan}, keys={}))
-    live = fleet.plans[MODEL]
-    key = Key(id="shop", hash="", role="client")
+    options = GatewayOptions()
     journal = JournalWriter(folder, "w0", 4 * 2**30)
-    writes = Writes(journal, Metrics(), time.time)
-    request, answer = traffic.bodies()
-    call = Call(live, live.stable, choose(plan, None, now=0.0, uniform=0.5), key, pinned=False)
-    call.id, call.unit = "inf_" + "A" * 62, "0123456789abcdef"
-    call.slices, call.body = {"country": "DE"}, request
+    outside = Outside(
+        journal=journal,
+        newest_snapshot=lambda: None,
+        signing_secret=bytes(32),
+        pseudonym_secret=bytes(32),
+        clock=time.time,
+        uniform=random.random,
+    )
+    parts = assemble(options, outside, Upstream(options, lambda _: None), Metrics(), b"0000")
+    parts.fleet.obey(Snapshot(written=0.0, plans={MODEL: plan}, keys={}))
+    live = parts.fleet.plans[MODEL]
+    key = Key(id="shop", hash="", role="client")
+    writes = Writes(parts)
+    request = Request(cast("Client", None))
+    request.body, answer = traffic.bodies()
+    choice = choose(plan, None, now=0.0, uniform=0.5)
+    call = Call(request, live, live.stable, choice, key, pinned=False)
+    call.id, call.unit, call.slices = "inf_" + "A" * 62, "0123456789abcdef", {"country": "DE"}
     call.answered_by, call.serving, call.first_seconds = "stable", live.stable, 0.01
     call.judge(Reason.ANSWERED)
     started = time.process_time()
