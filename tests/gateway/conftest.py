@@ -190,7 +190,7 @@ class FakeModel:
         self.url = ""
         self.open = 0
         self.hung_up = 0
-        self.connections = 0
+        self.connections = self.clients = 0  # so far, and now
         self.documents: dict[str, bytes] = {}
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -211,6 +211,7 @@ class FakeModel:
         assert task is not None
         self._tasks.add(task)
         self.connections += 1
+        self.clients += 1
         begun = b""
         try:
             while True:
@@ -218,6 +219,7 @@ class FakeModel:
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
+            self.clients -= 1
             self._tasks.discard(task)
             writer.transport.abort()
 

@@ -1,6 +1,8 @@
 """Models that fail in every way: who answers, who is to blame, and for how long."""
 
 import asyncio
+import io
+import socket
 import time
 
 import msgspec
@@ -425,3 +427,126 @@ async def test_an_arm_without_endpoints_is_unreachable(worker):
     reply = await worker.infer()
     assert (reply.status, reply.error) == (502, "the model can't be reached")
     assert worker.journal.last.reason == "unreachable"
+
+
+# --- connections that are kept ----------------------------------------------------------------
+
+
+def answered(body: bytes, status: str = "200 OK", headers: str = "") -> bytes:
+    return f"HTTP/1.1 {status}\r\n{headers}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def test_a_second_answer_behind_the_first_is_not_taken_for_it(worker, model):
+    async def both(writer):
+        writer.write(answered(model.answer_of(5)) + answered(b"{}", "500 Oh No"))
+
+    worker.model.behave = both
+    await worker.start()
+    for _ in range(2):
+        reply = await worker.infer()
+        assert (reply.status, reply.json["outputs"][0]["data"]) == (200, [5])
+    assert worker.model.connections == 2  # it has said more than it was asked
+
+
+async def test_headers_behind_a_body_change_nothing(worker, model):
+    async def trailing(writer):
+        body = model.answer_of()
+        writer.write(
+            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+            b"%x\r\n%s\r\n0\r\ncontent-encoding: gzip\r\n\r\n" % (len(body), body)
+        )
+
+    worker.model.behave = trailing
+    await worker.start()
+    assert (await worker.infer()).status == 200
+
+
+async def test_a_header_without_end_is_not_read_for_long(worker, model):
+    sent = 0
+
+    async def endless(writer):
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\nx: ")
+        while True:
+            writer.write(b"y" * 100_000)
+            await writer.drain()
+            sent += 100_000
+
+    worker.model.behave = endless
+    await worker.start()
+    assert (await worker.infer()).status == 502
+    assert worker.journal.last.reason == "broken"
+    assert sent < 30_000_000  # what sockets hold, and not what a second brings
+
+
+async def test_a_server_that_answers_before_it_has_read_is_not_asked_on_the_same_connection(
+    worker, model
+):
+    """It would take the rest of the first request for the second one, or reset."""
+    loop = asyncio.get_running_loop()
+
+    async def hasty() -> None:
+        while True:
+            client, _ = await loop.sock_accept(listening)
+            with client:
+                await loop.sock_recv(client, 500)
+                await loop.sock_sendall(client, answered(model.answer_of()))
+                await asyncio.sleep(0.2)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        serving = asyncio.ensure_future(hasty())
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        await worker.start(worker.plan(stable=worker.arm(1, url)), max_body=20_000_000)
+        large = msgspec.json.encode(model.request_of()) + b" " * 12_000_000
+        headers = {"Authorization": f"Bearer {worker.keys['client']}"}
+        address = f"{worker.url}/v2/models/digits/infer"
+        async with worker.client.post(address, data=io.BytesIO(large), headers=headers) as answer:
+            assert answer.status == 200
+        assert (await worker.infer()).status == 200
+        assert [call.attempts for call in worker.journal.calls] == [1, 1]
+        serving.cancel()
+
+
+async def until_of_revision(worker, revision):
+    for _ in range(200):
+        await worker.infer(body={"inputs": []})  # refused, and asks nobody
+        if worker.journal.last.revision == revision:
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("the plan is not obeyed")
+
+
+async def test_an_endpoint_that_no_plan_names_any_more_is_let_go(worker, model):
+    release = asyncio.Event()
+
+    async def slow(writer):
+        await release.wait()
+        await model.responding(model.answer_of())(writer)
+
+    worker.model.behave = slow
+    plan = worker.plan(
+        stable=worker.arm(1, worker.model.url), deadlines=model.Deadlines(attempt=5.0, total=5.0)
+    )
+    await worker.start(plan)
+    calling = asyncio.ensure_future(worker.infer())
+    await worker.until(lambda: bool(worker.model.received))
+    elsewhere = worker.arm(1, worker.candidate_model.url)
+    worker.publish(worker.plan(stable=elsewhere, revision=2))
+    await until_of_revision(worker, 2)
+    release.set()
+    assert (await calling).status == 200
+    await worker.until(lambda: worker.model.clients == 0, 1.0)
+
+
+async def test_an_endpoint_set_aside_that_no_plan_names_any_more_is_probed_no_more(worker, model):
+    worker.model.behave, worker.model.healthy = model.resetting, False
+    await worker.start(eject_after=1, eject_seconds=0.05, max_eject_seconds=0.05)
+    assert (await worker.infer()).status == 502
+    await worker.until(lambda: worker.model.health > 1)
+    worker.publish(worker.plan(stable=worker.arm(1, worker.candidate_model.url), revision=2))
+    await until_of_revision(worker, 2)
+    await asyncio.sleep(0.2)  # a probe that was under way
+    before = worker.model.health
+    await asyncio.sleep(0.4)
+    assert worker.model.health == before

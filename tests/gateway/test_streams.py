@@ -893,3 +893,11 @@ async def test_a_compressed_stream_is_none(worker, model, release):
     await worker.start(release(shield=model.Shield(retry_burst=0)))
     reply = await worker.chat(stream=True)
     assert (reply.status, worker.journal.last.reason) == (502, "broken")
+
+
+async def test_what_comes_before_the_first_content_is_bounded(worker, model, release):
+    """A server that says much and tells nothing must not fill this worker's memory."""
+    worker.model.behave = model.streaming(*(100 * [b": " + b"x" * 10_000 + b"\n\n"]), 5.0)
+    await worker.start(release(), max_event=100_000)
+    reply = await worker.chat(stream=True)
+    assert (reply.status, worker.journal.last.reason) == (502, "broken")

@@ -43,8 +43,8 @@ class OpenStream:
     """A stream from an endpoint whose first content is here, or which has ended without any.
 
     `held` is what has come of it so far, as the client gets it. `reason` says how it ended, None
-    while it goes on; `last` is the event that ends it. `max_event` bounds what comes before the first
-    content, too.
+    while it goes on; `last` is the event that ends it. `max_event` bounds each event, and
+    all that comes before the first content.
     """
 
     def __init__(

@@ -339,9 +339,9 @@ class Upstream:
         self._in_background(self._readmit(endpoint, pause))
 
     async def _readmit(self, endpoint: EndpointState, pause: float) -> None:
-        """Ask for its health until it has some, then take it back."""
+        """Ask for its health until it has some, then take it back; unless no plan names it now."""
         await asyncio.sleep(pause)
-        while not await self._healthy(endpoint):
+        while not endpoint.pool.closed and not await self._healthy(endpoint):
             pause = min(2 * pause, self._options.max_eject_seconds)
             await asyncio.sleep(pause)
         endpoint.readmit()

@@ -88,8 +88,8 @@ class Wire(asyncio.Protocol):
 
     __slots__ = (
         "_broken", "_complete", "_deadline", "_due", "_head_bytes", "_headed", "_lasting", "_limit",
-        "_loop", "_parser", "_parts", "_paused", "_size", "_timer", "_transport", "_until_close",
-        "_waiter", "_whole", "born", "headers", "idle_since", "lost", "status",
+        "_loop", "_parser", "_parts", "_paused", "_size", "_timer", "_transport", "_unheaded",
+        "_until_close", "_waiter", "_whole", "born", "headers", "idle_since", "lost", "status",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -111,7 +111,7 @@ class Wire(asyncio.Protocol):
         self.status = 0
         self.headers = {}
         self._parts: list[bytes] = []
-        self._size = self._head_bytes = 0
+        self._size = self._head_bytes = self._unheaded = 0
         self._headed = self._complete = self._paused = False
         self._until_close = self._lasting = False
         self._broken = ""
@@ -133,7 +133,11 @@ class Wire(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._break("what it sent is not HTTP")
             return
-        if self._headed and not self._whole and (self._parts or self._complete):
+        if not self._headed:
+            self._unheaded += len(data)
+            if self._unheaded > _MAX_HEAD:
+                self._break("its headers are too large")
+        elif not self._whole and (self._parts or self._complete):
             self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -151,14 +155,18 @@ class Wire(asyncio.Protocol):
     # --- parser -----------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep those that matter."""
+        """Keep those that matter; what comes behind a body is none of them."""
+        if self._headed:
+            return
         self._head_bytes += len(name) + len(value)
         name = name.lower()
         if name in _KEPT_HEADERS:
             self.headers[name] = value
 
     def on_headers_complete(self) -> None:
-        """The answer begins, unless it is one that announces another."""
+        """The answer begins, unless it is one that announces another, or one behind it."""
+        if self._complete:
+            raise Broken
         self.status = self._parser.get_status_code()
         if self.status < 200:
             return
@@ -198,9 +206,11 @@ class Wire(asyncio.Protocol):
     async def ask(self, message: bytes, *, limit: int, deadline: float, whole: bool = True) -> None:
         """Send a request; over when its answer is here, or its head unless `whole`.
 
-        `limit` bounds the answer's bytes, `deadline` is the loop's time. Raises TooLate or Broken;
-        in both cases, as when it is cancelled, the connection is of no more use.
+        `limit` bounds the answer's bytes, `deadline` is the loop's time. Raises WireError; then, as
+        when it is cancelled, the connection is of no more use.
         """
+        if self.lost:
+            raise Unreachable("the connection was closed")
         self._reset()
         self._limit = limit
         self._whole = whole
@@ -230,13 +240,14 @@ class Wire(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        """Whether another request may be sent on it."""
-        return self._complete and self._lasting and not self.lost
-
-    @property
-    def ended(self) -> bool:
-        """Whether all of the answer has been taken."""
-        return self._complete and not self._parts
+        """Whether another request may be sent on it: the last one went out and was answered."""
+        return (
+            self._complete
+            and self._lasting
+            and not self._paused
+            and not self.lost
+            and not self._transport.get_write_buffer_size()
+        )
 
     def abort(self) -> None:
         """Close it at once."""
@@ -312,11 +323,13 @@ _LATE: Final = "no answer in time"
 class Pool:
     """The connections to one server.
 
-    `time` is the loop's. Nothing is opened ahead, and what was idle for long is not used.
+    Nothing is opened ahead, and what was idle for long is not used. Once it is `closed` nothing is
+    kept any more.
     """
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
+        self.closed = False
         self._idle: list[Wire] = []
 
     def kept(self, now: float) -> Wire | None:
@@ -324,7 +337,7 @@ class Pool:
         while self._idle:
             wire = self._idle.pop()
             if (
-                wire.lost
+                not wire.reusable
                 or now - wire.idle_since > KEEP_ALIVE_SECONDS
                 or now - wire.born > _MAX_AGE_SECONDS
             ):
@@ -340,7 +353,7 @@ class Pool:
 
     def give_back(self, wire: Wire) -> None:
         """Keep it for the next request, if it can be."""
-        if wire.reusable and len(self._idle) < _MAX_KEPT:
+        if wire.reusable and len(self._idle) < _MAX_KEPT and not self.closed:
             wire.idle_since = asyncio.get_running_loop().time()
             self._idle.append(wire)
         else:
@@ -357,7 +370,8 @@ class Pool:
         self._idle = kept
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close what is idle; calls that are under way end as they would."""
+        self.closed = True
         for wire in self._idle:
             wire.abort()
         self._idle.clear()
