@@ -443,3 +443,19 @@ async def test_the_access_log_is_json_without_secrets(worker, caplog):
     assert entry["inference"] == worker.journal.last.id
     assert "somebody" not in line
     assert worker.keys["client"] not in line
+
+
+async def test_the_access_log_has_a_line_for_each_request(worker, model, caplog):
+    caplog.set_level("INFO", logger="shipworthy.gateway.access")
+    await worker.start(access_log=True)
+    asked = [
+        await worker.chat(model="nobody"),
+        await worker.chat(messages=[]),
+        await worker.chat(body=b"{"),
+        await worker.ask("POST", "/v1/feedback", body={}),
+        await worker.ask("GET", "/nothing"),
+        await worker.infer(),
+    ]
+    lines = [r.message for r in caplog.records if r.name == "shipworthy.gateway.access"]
+    told = [msgspec.json.decode(line)["status"] for line in lines]
+    assert told == [reply.status for reply in asked] == [404, 400, 400, 400, 404, 200]

@@ -620,3 +620,16 @@ async def test_with_metadata_alone_no_word_is_written(worker, model, release):
     record = worker.journal.last
     assert (record.request, record.response, record.features) == (None, None, {})
     assert b"someone-secret" not in msgspec.json.encode(record)
+
+
+async def test_a_long_name_of_a_user_holds_nobody_up_and_stays_on_its_side(worker, model):
+    worker.model.behave = worker.candidate_model.behave = model.responding(model.chat_answer())
+    await worker.start(worker.plan(contract=model.language, candidate=True, weight=5_000))
+    names = [f"{number}{'x' * 500_000}" for number in range(8)]
+    sides: list[list[str]] = []
+    for _ in range(2):
+        for name in names:
+            assert (await worker.chat(user=name)).status == 200
+        sides.append([call.assigned for call in worker.journal.calls[-8:]])
+    assert sides[0] == sides[1]
+    assert set(sides[0]) == {"stable", "candidate"}

@@ -92,11 +92,15 @@ class Application:
             opened = self._route(request)
         except Refusal as refusal:
             opened = refusal.answer(request.shape)
-        if self._options.access_log and isinstance(opened, Answer):
+        return self._logged(request, opened) if isinstance(opened, Answer) else opened
+
+    def _logged(self, request: Request, answer: Answer) -> Answer:
+        """The answer to a request that reaches no plan, with its line in the log."""
+        if self._options.access_log:
             _access.info(
-                plain_line(self._clock(), 0.0, request.method, request.path, opened.status)
+                plain_line(self._clock(), 0.0, request.method, request.path, answer.status)
             )
-        return opened
+        return answer
 
     def failed(self, fault: Exception) -> Answer:
         """Count a fault of ours, or tell what was refused; the client gets an answer, whatever."""
@@ -152,17 +156,15 @@ class Application:
         self, request: Request, *, key: Key, operation: Operation
     ) -> Answer | None:
         """OpenAI's doors: which model is meant stands in the body."""
-        if isinstance(request.problem, Refusal):
-            return request.problem.answer(request.shape)
-        if request.problem is not None:
-            raise request.problem
         try:
+            if request.problem is not None:
+                raise request.problem
             ask = LanguageAsk(operation, request.body)
             live = self._plan(ask.said.model, key)
         except InvalidMessage as problem:
-            return Refusal(400, str(problem)).answer(request.shape)
+            return self._logged(request, Refusal(400, str(problem)).answer(request.shape))
         except Refusal as refusal:
-            return refusal.answer(request.shape)
+            return self._logged(request, refusal.answer(request.shape))
         return await self._inference.infer(request, key, live, None, lambda _: ask)
 
     def _tensors(self, request: Request, key: Key, match: re.Match[str]) -> Answer | Handler:
@@ -198,9 +200,10 @@ class Application:
 
     async def _take_feedback(self, request: Request, *, key: Key) -> Answer:
         try:
-            return self._feedback.take(request, key)
+            answer = self._feedback.take(request, key)
         except Refusal as refusal:
-            return refusal.answer(request.shape)
+            answer = refusal.answer(request.shape)
+        return self._logged(request, answer)
 
     def _models(self, key: Key, name: str) -> Answer:
         """`GET /v1/models`: those that the key may call; or one of them."""
@@ -231,7 +234,7 @@ class Application:
         if known is not None and (known.expires is None or self._clock() < known.expires):
             return known
         key = self._identify(raw, snapshot)
-        if len(self._known) < _MAX_KNOWN:
+        if len(self._known) < _MAX_KNOWN and len(raw) <= _MAX_KEY:  # it may hold many spaces
             self._known[raw] = key
         return key
 

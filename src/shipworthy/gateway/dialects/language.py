@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -9,7 +10,7 @@ import msgspec
 from shipworthy.domain.contract import OPERATIONS, Operation
 from shipworthy.domain.contract import Protocol as WireProtocol
 from shipworthy.domain.features import Features, features_of_text
-from shipworthy.gateway.call import Call, EventReader, Usage
+from shipworthy.gateway.call import MAX_UNIT, Call, EventReader, Usage
 from shipworthy.gateway.upstream import Outgoing, Reply, told_on
 from shipworthy.protocols.events import error_event
 from shipworthy.protocols.messages import InvalidMessage
@@ -40,6 +41,13 @@ def language_error(status: int, message: str, code: str = "") -> bytes:
     return error_body(message, type=error_type(status), code=code or None)
 
 
+def _named(user: str | None) -> str | None:
+    """Whom it is for; of a long name a digest, since others wait while a side is chosen by it."""
+    if user is None or len(user) <= MAX_UNIT:
+        return user
+    return hashlib.sha256(user.encode()).hexdigest()
+
+
 class LanguageAsk:
     """A request for a language model; see `Ask`. Raises InvalidMessage when it is none."""
 
@@ -52,7 +60,7 @@ class LanguageAsk:
         self.operation: str = operation
         self.said = read_request(operation, body)
         self.stream = self.said.stream
-        self.unit = self.said.user
+        self.unit = _named(self.said.user)
         self.output_bytes = 0
         self.finish = ""
 
