@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,7 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     mock: Mock
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # its signature
         """Keep quiet."""
 
     def say(self, status: int, body: Any, kind: str = "application/json") -> None:
@@ -156,7 +156,7 @@ class _MLflow(_Handler):
 
 
 @contextmanager
-def running(handler: type[_Handler], **settings: Any) -> Iterator[Mock]:
+def running(handler: type[_Handler], **settings: Any) -> Generator[Mock]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     mock = Mock(f"http://127.0.0.1:{server.server_address[1]}")
     server.RequestHandlerClass = type("Bound", (handler,), {"mock": mock, **settings})
