@@ -136,6 +136,19 @@ async def test_a_stream_that_ends_while_its_worker_drains_leaves_the_connection(
     assert await client.ask() == (404, True)
 
 
+async def test_connections_that_are_never_secured_are_bounded(worker):
+    files = Tls(certificate=CERTIFICATES / "first.pem", key=CERTIFICATES / "first.key")
+    await worker.start(tls=files, max_connections=3)
+    opened = [await asyncio.open_connection("127.0.0.1", worker.port) for _ in range(6)]
+    ends = [asyncio.ensure_future(reader.read()) for reader, _ in opened]
+    done, _ = await asyncio.wait(ends, timeout=1.0)
+    assert len(done) == 2  # one beyond the limit is let in, to be told so
+    for (_, writer), end in zip(opened, ends, strict=True):
+        writer.close()
+        end.cancel()
+    await asyncio.gather(*ends, return_exceptions=True)
+
+
 async def test_a_connection_that_is_being_secured_is_waited_for(worker, connect):
     files = Tls(certificate=CERTIFICATES / "first.pem", key=CERTIFICATES / "first.key")
     await worker.start(tls=files, drain_seconds=20.0)

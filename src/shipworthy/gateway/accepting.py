@@ -110,8 +110,12 @@ class Acceptor:
             self._loop.remove_reader(self._listener)
             self._loop.call_later(_BREATH_SECONDS, self._go_on)
             return
+        connections = self._connections
+        if len(connections.arriving) > connections.options.max_connections:
+            client.close()  # who never ends a handshake must not use up the descriptors
+            return
         context = self._certificate.context if self._certificate else None
-        attach(self._connections, client, context)
+        attach(connections, client, context)
 
     def _go_on(self) -> None:
         if self._accepting:
