@@ -117,7 +117,7 @@ async def test_nothing_is_left_of_a_crowd(worker, model, tmp_path, caplog, clien
         contract=model.language,
         limits=Limits(concurrency=100_000, budget_per_day=10**6),
         capture=Capture(payloads="full"),
-        deadlines=model.Deadlines(connect=20.0, attempt=20.0, total=40.0, idle=3.0),
+        deadlines=model.Deadlines(connect=20.0, attempt=5.0, total=30.0, idle=3.0),
     )
     arm = changed(
         plan.stable,
