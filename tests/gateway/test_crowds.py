@@ -29,6 +29,12 @@ def all_of(kind: type) -> list[Any]:
     return [one for one in gc.get_objects() if isinstance(one, kind)]
 
 
+def wires() -> int:
+    """How many connections to servers there are, or are remembered."""
+    gc.collect()
+    return len(all_of(Wire))
+
+
 class Crowd:
     """Servers and clients that do all kinds of things, by chance of a fixed seed."""
 
@@ -101,8 +107,7 @@ class Crowd:
 async def test_nothing_is_left_of_a_crowd(worker, model, tmp_path, caplog, clients, seed):
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    gc.collect()
-    before = len(all_of(Wire))
+    before = wires()
     table = UsageTable(tmp_path / "limits", worker.clock)
     worker.outside["limits"] = table
     keys = dict(worker.snapshot.keys)
@@ -151,9 +156,7 @@ async def test_nothing_is_left_of_a_crowd(worker, model, tmp_path, caplog, clien
     assert await worker.metric("shipworthy_gateway_errors_total") == 0
     assert [one.message for one in caplog.records if one.levelname == "ERROR"] == []
     # What is kept of connections goes too, and no task waits for any of them.
-    await worker.until(lambda: not any(one.pool._idle for one in states), 30)
-    gc.collect()
-    assert len(all_of(Wire)) == before
+    await worker.until(lambda: wires() == before, 30)
     await worker.stop()
     ours = ("ClientConnection", "Mirrors", "Upstream", "Attempts")
     tasks = [repr(task.get_coro()) for task in asyncio.all_tasks()]
