@@ -333,9 +333,15 @@ def test_renaming_keeps_everything_else_as_it_is():
     body = b'{"x":[1.50,{"a":1}],"model_name":"served","outputs":[{"name":"label"}],"id":"7"}'
     renamed = oip.rename_response(body, model_name="digits", model_version="3")
     assert renamed == (
-        b'{"x":[1.50,{"a":1}],"model_name":"digits","outputs":[{"name":"label"}],"id":"7",'
-        b'"model_version":"3"}'
+        b'{"x":[1.50,{"a":1}],"model_name":"digits","model_version":"3",'
+        b'"outputs":[{"name":"label"}],"id":"7"}'
     )
+
+
+def test_renaming_keeps_spaces_and_escapes_in_keys():
+    body = b'{ "m\\u006fre": 1.0,\n "model_name" : "served", "model_version": "9", "outputs": [ ] }'
+    renamed = oip.rename_response(body, model_name="digits", model_version="3")
+    assert renamed == body.replace(b"served", b"digits").replace(b"9", b"3")
 
 
 # --- documents --------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_renaming_keeps_the_data_and_tells_the_new_length():
         head + data, len(head), model_name="digits", model_version="3"
     )
     assert body[:length] == (
-        b'{"x":[1.50],"model_name":"digits","outputs":[{"name":"label"}],"model_version":"3"}'
+        b'{"x":[1.50],"model_name":"digits","model_version":"3","outputs":[{"name":"label"}]}'
     )
     assert body[length:] == data
     assert oip_binary.rename_response(head, None, model_name="digits", model_version="3") == (

@@ -22,6 +22,7 @@ from shipworthy.protocols.messages import (
     decoded,
 )
 from shipworthy.protocols.packed import Packed
+from shipworthy.protocols.splice import replaced
 from shipworthy.protocols.values import (
     DATA_ERRORS,
     INT64,
@@ -145,10 +146,14 @@ def encode_response(
 
 def rename_response(body: bytes, *, model_name: str, model_version: str) -> bytes:
     """The response under another model name and version; all else, unknown fields too, stays."""
-    message: dict[str, Any] = dict(decoded(_objects, body))
-    message["model_name"] = model_name
-    message["model_version"] = model_version
-    return _encoder.encode(message)
+    fields = decoded(_objects, body)
+    name, version = _encoder.encode(model_name), _encoder.encode(model_version)
+    if "model_version" not in fields:
+        name = b'%b,"model_version":%b' % (name, version)
+    renamed = replaced(body, fields, "model_name", name)
+    if "model_version" not in fields:
+        return renamed
+    return replaced(renamed, {**fields, "model_name": msgspec.Raw(name)}, "model_version", version)
 
 
 # --- documents --------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import msgspec
 _encode = msgspec.json.Encoder().encode
 _MOST = 200  # fields: more are passed on without their spaces, lest others wait
 _KEY = re.compile(rb"[ \t\n\r]*[{,][ \t\n\r]*")
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 _VALUE = re.compile(rb"[ \t\n\r]*:[ \t\n\r]*")
 _CLOSE = re.compile(rb"[ \t\n\r]*\}[ \t\n\r]*")
 
@@ -40,18 +41,17 @@ def _spaced(fields: dict[str, msgspec.Raw]) -> bytes:
 
 
 def _place(body: bytes, fields: dict[str, msgspec.Raw], name: str) -> int | None:
-    """Where the value begins; None when the body does not hold just these fields in plain letters.
+    """Where the value begins; None when the body does not hold each of these fields just once.
 
-    Each step must find what the field is known to be, so this can't be led astray by what the
-    values hold.
+    Each step must find what the field is known to hold, so this can't be led astray by what the
+    values hold; a key may be written in any way.
     """
     at, place = 0, None
     for key, raw in fields.items():
-        token, value = _encode(key), bytes(raw)
+        value = bytes(raw)
         gap = _KEY.match(body, at)
-        if gap is None or not body.startswith(token, gap.end()):
-            return None
-        colon = _VALUE.match(body, gap.end() + len(token))
+        written = _STRING.match(body, gap.end()) if gap else None
+        colon = _VALUE.match(body, written.end()) if written else None
         if colon is None or not body.startswith(value, colon.end()):
             return None
         at = colon.end() + len(value)
