@@ -11,6 +11,7 @@ from shipworthy.domain.contract import Contract
 from shipworthy.domain.plan import Behaviour, Capture, Limits, Price
 from shipworthy.domain.records import Outcome
 from shipworthy.domain.routing import choose
+from shipworthy.gateway.traces import Sampler
 from shipworthy.stores.limits import UsageTable
 
 REQUEST = (
@@ -633,3 +634,34 @@ async def test_a_long_name_of_a_user_holds_nobody_up_and_stays_on_its_side(worke
         sides.append([call.assigned for call in worker.journal.calls[-8:]])
     assert sides[0] == sides[1]
     assert set(sides[0]) == {"stable", "candidate"}
+
+
+async def test_whom_a_request_is_for_is_never_kept_openly(worker, release):
+    await worker.start(release(capture=Capture(payloads="full")))
+    assert (await worker.chat(user="ada@example.org")).status == 200
+    record = worker.journal.last
+    assert sent_to(worker.model)["user"] == "ada@example.org"
+    assert b"ada@example.org" not in record.request
+    assert msgspec.json.decode(record.request)["user"] == "[unit]"
+    assert record.unit is not None
+
+
+async def test_each_attempt_is_told_to_whoever_traces_and_parents_what_it_causes(
+    worker, model, release
+):
+    told: list[Any] = []
+    worker.outside = {
+        "context": Sampler(1.0, uniform=lambda: 0.5, bits=lambda bits: 2**bits - 1).context,
+        "export": lambda record, context, attempts: told.append((context, attempts)),
+    }
+    worker.candidate_model.behave = model.responding(b"{}", "500 No")
+    await worker.start(release(candidate=True))
+    assert (await worker.chat()).status == 200
+    [(context, attempts)] = told
+    assert [(one.release, one.reason, one.status) for one in attempts] == [
+        ("digits@2", "status_5xx", 500),
+        ("digits@1", "", 200),
+    ]
+    sent = [worker.candidate_model.received[0], worker.model.received[0]]
+    parents = [got.headers["traceparent"].split("-")[2] for got in sent]
+    assert parents == [f"{context.span_of(number):016x}" for number in (1, 2)]

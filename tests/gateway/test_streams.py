@@ -839,14 +839,13 @@ async def test_a_server_that_does_not_end_after_done_is_left(worker, model, rele
     assert worker.model.connections == 2
 
 
-@pytest.mark.parametrize("what", [b"\x00garbage\r\n\r\n", b"GET / HTTP/1.1\r\nhost"])
-async def test_what_is_wrong_behind_a_stream_never_gets_into_it(worker, model, release, what):
+async def test_what_is_wrong_behind_a_stream_never_gets_into_it(worker, model, release):
     worker.model.behave = model.streaming(model.chunk("a"), then=model.hanging)
     await worker.start(release(), head_seconds=0.3)
     reader, writer = await asyncio.open_connection("127.0.0.1", worker.port)
     writer.write(asking(worker, model))
     begun = await reader.readuntil(b"\n\n\r\n")
-    writer.write(what)
+    writer.write(b"\x00garbage\r\n\r\n")
     async with asyncio.timeout(20):
         rest = await reader.read()
     writer.transport.abort()
@@ -856,6 +855,30 @@ async def test_what_is_wrong_behind_a_stream_never_gets_into_it(worker, model, r
     record = worker.journal.last
     assert (record.outcome, record.reason) == (Outcome.CENSORED, "client_gone")
     await worker.until(lambda: worker.model.hung_up == 1)
+
+
+async def test_half_a_head_behind_a_stream_waits_for_its_end(worker, model, release):
+    go_on = asyncio.Event()
+
+    async def held(writer):
+        await go_on.wait()
+        writer.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(model.DONE), model.DONE))
+
+    worker.model.behave = model.streaming(model.chunk("a"), model.LAST, then=held)
+    await worker.start(release(), head_seconds=0.1)
+    reader, writer = await asyncio.open_connection("127.0.0.1", worker.port)
+    writer.write(asking(worker, model))
+    await reader.readuntil(b"\n\n\r\n")
+    writer.write(b"GET / HTTP/1.1\r\nhost")
+    await asyncio.sleep(0.3)
+    go_on.set()
+    async with asyncio.timeout(20):
+        rest = await reader.read()
+    writer.close()
+    assert model.DONE in rest
+    assert rest.endswith(b"}")  # and then the head is late
+    assert b"HTTP/1.1 408" in rest
+    assert worker.journal.last.outcome is Outcome.SUCCESS
 
 
 async def test_a_stream_without_length_or_chunks_ends_with_its_connection(worker, model, release):

@@ -10,6 +10,7 @@ from shipworthy.gateway.call import Ask, Call
 from shipworthy.gateway.http import Refusal
 from shipworthy.gateway.live import LiveArm
 from shipworthy.gateway.parts import Parts
+from shipworthy.gateway.spans import Attempt
 from shipworthy.gateway.streams import Given, Opening, open_stream
 from shipworthy.gateway.upstream import EndpointState, Reply, pick
 from shipworthy.protocols.messages import InvalidMessage
@@ -115,6 +116,21 @@ class Attempts:
                 task.cancel()
 
     async def _ask(self, call: Call, arm: LiveArm, endpoint: EndpointState, ask: Ask) -> Given:
+        if call.context is None or not call.context.recorded:
+            return await self._ask_untraced(call, arm, endpoint, ask)
+        at, began = self._clock(), self._monotonic()
+        call.follow_attempt()
+        given = await self._ask_untraced(call, arm, endpoint, ask)
+        reply, seconds = given.reply, self._monotonic() - began
+        release = arm.arm.release
+        call.tries.append(
+            Attempt(at, seconds, release, endpoint.url, reply.reason.value, reply.status)
+        )
+        return given
+
+    async def _ask_untraced(
+        self, call: Call, arm: LiveArm, endpoint: EndpointState, ask: Ask
+    ) -> Given:
         try:
             outgoing = ask.outgoing(arm, call)
         except InvalidMessage as problem:

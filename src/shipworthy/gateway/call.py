@@ -12,9 +12,10 @@ from shipworthy.domain.features import Features
 from shipworthy.domain.plan import Key
 from shipworthy.domain.records import Outcome
 from shipworthy.domain.routing import ArmName, Choice
-from shipworthy.gateway.http import Refusal, Request
+from shipworthy.gateway.http import HeaderList, Refusal, Request
 from shipworthy.gateway.limits import Admission
 from shipworthy.gateway.live import LiveArm, LivePlan
+from shipworthy.gateway.spans import Attempt
 from shipworthy.gateway.traces import TraceContext
 from shipworthy.gateway.upstream import Outgoing, Reply
 from shipworthy.protocols.openai import Seen
@@ -145,6 +146,10 @@ class Ask(Protocol):
         """Numbers and words of what was asked, and answered if it was, for drift to be found in."""
         ...
 
+    def kept(self) -> bytes:
+        """The request as it may be written: without what says openly whom it is for."""
+        ...
+
     def refusal(self, reply: Reply) -> Reply | None:
         """What the model itself says about an input, for the client; None when it says nothing."""
         ...
@@ -157,7 +162,7 @@ class Call:
         "admission", "answered_by", "arm", "ask", "asked_at", "attempts", "choice", "context",
         "deadline", "first_seconds", "id", "key", "live", "outcome", "passed_on", "patience",
         "pinned", "reason", "request", "response_bytes", "sent", "serving", "slices", "started",
-        "streamed", "timing", "traceparent", "unit", "usage",
+        "streamed", "timing", "traceparent", "tries", "unit", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -189,6 +194,7 @@ class Call:
         self.deadline = 0.0
         self.patience = _MAX_DEADLINE
         self.attempts = 0
+        self.tries: list[Attempt] = []  # of a request whose span is recorded
         self.outcome: Outcome | None = None
         self.reason = Reason.ANSWERED
         self.first_seconds: float | None = None
@@ -225,7 +231,15 @@ class Call:
         if context is not None:
             self.context = context
             self.traceparent = context.traceparent
-            self.passed_on = b"".join(b"%s: %s\r\n" % header for header in context.outgoing())
+            self._pass_on(context.outgoing())
+
+    def follow_attempt(self) -> None:
+        """Let what happens upstream belong to the span of the attempt that comes next."""
+        if self.context is not None:
+            self._pass_on(self.context.outgoing(self.attempts + 1))
+
+    def _pass_on(self, headers: HeaderList) -> None:
+        self.passed_on = b"".join(b"%s: %s\r\n" % header for header in headers)
 
     def judge(self, reason: Reason) -> None:
         """Settle the outcome, unless the first attempt has: it alone is evidence."""

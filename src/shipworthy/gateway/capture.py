@@ -57,7 +57,7 @@ class Capture:
         self._count(call, record)
         _settle(call)
         if call.context is not None and self._export is not None:
-            self._export(record, call.context)
+            self._export(record, call.context, call.tries)
         if self._access_log:
             request = call.request
             _access.info(access_line(record, request.method, request.path, status))
@@ -92,7 +92,8 @@ class Capture:
         redacted = 0
         if keeps:
             limit = rules.max_bytes
-            body, redactor = call.request.body, call.live.redactor
+            body = call.request.body if ask is None else ask.kept()
+            redactor = call.live.redactor
             if redactor:
                 request, some = redactor.redact(body, limit)
                 answer, more = redactor.redact(response, limit)

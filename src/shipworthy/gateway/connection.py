@@ -212,7 +212,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _is_late(self) -> None:
         self._reading = None
-        if len(self._line) >= _MAX_LINE:  # it is we who don't read on
+        if len(self._line) >= _MAX_LINE or (self._in_head and self._answering is not None):
+            # It is we who don't read on, or there is an answer to be had first.
             self._read_within(self._options.head_seconds)
         elif not self._in_head:
             text = f"the body did not arrive within {self._options.body_seconds:g} seconds"

@@ -171,6 +171,11 @@ class Fleet:
             ),
         )
 
+    def endpoints(self) -> dict[str, int]:
+        """How many endpoints are in use, and how many are set aside."""
+        states = [kept.ejected for kept in self._kept.values() if isinstance(kept, EndpointState)]
+        return {"in_use": states.count(False), "set_aside": states.count(True)}
+
     def sweep(self, now: float) -> None:
         """Close connections that nobody has used for a while; `now` is the loop's time."""
         for kept in self._kept.values():

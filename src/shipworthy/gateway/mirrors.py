@@ -32,7 +32,7 @@ _log = logging.getLogger("shipworthy.gateway")
 MARK: Final = b"x-shipworthy-mirror: 1\r\n"
 """Tells the server that nobody waits for its answer."""
 _MAX_COMPARED: Final = 1024 * 1024  # others wait meanwhile
-_NOBODY: Final = Key(id="mirror", hash="", role="client")
+_NOBODY: Final = Key(id=" mirror", hash="", role="client")
 
 
 class Mirrors:

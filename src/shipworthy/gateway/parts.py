@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from shipworthy.gateway.metrics import Metrics
 from shipworthy.gateway.needs import Clock, Journal, UsageTable
 from shipworthy.gateway.options import GatewayOptions
 from shipworthy.gateway.snapshot import SnapshotFollower
+from shipworthy.gateway.spans import Attempt
 from shipworthy.gateway.tickets import Pseudonyms, TicketOffice
 from shipworthy.gateway.traces import TraceContext, context_of
 from shipworthy.gateway.upstream import Upstream
@@ -44,7 +45,7 @@ class Outside:
     monotonic: Callable[[], float] = time.monotonic
     limits: UsageTable | None = None
     context: Callable[[Mapping[bytes, bytes]], TraceContext | None] = context_of
-    export: Callable[[InferenceRecord, TraceContext], None] | None = None
+    export: Callable[[InferenceRecord, TraceContext, Sequence[Attempt]], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

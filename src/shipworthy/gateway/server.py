@@ -224,6 +224,8 @@ async def _each_second(
         parts.metrics.connections.set(len(connections.open))
         parts.metrics.settle()
         parts.fleet.sweep(loop.time())
+        for state, count in parts.fleet.endpoints().items():
+            parts.metrics.endpoints.set(count, state)
         if secure is not None:
             secure.look()
         connections.date = b"date: %s\r\n" % formatdate(time.time(), usegmt=True).encode()

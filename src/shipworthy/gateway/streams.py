@@ -241,6 +241,7 @@ class Streams:
 
     def __init__(self, parts: Parts, capture: Capture) -> None:
         self._capture = capture
+        self._metrics = parts.metrics
         self._monotonic = parts.outside.monotonic
         self._slow = parts.options.slow_reader_seconds
 
@@ -256,6 +257,7 @@ class Streams:
         client = request.connection
         kept = Kept(call.live)
         reason: Reason | None = None
+        self._metrics.streams.inc()
         try:
             client.begin_stream(request, lines, content_type)
             reason = await self._pass_on(request, call, stream, kept)
@@ -264,6 +266,7 @@ class Streams:
         finally:
             if reason is None:  # not `or`: that of an answer is empty text
                 reason = Reason.GATEWAY_FAULT
+            self._metrics.streams.inc(-1)
             stream.end(reason)
             call.judge(reason)
         last = _last_of(stream, reason)

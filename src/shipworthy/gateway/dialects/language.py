@@ -24,6 +24,7 @@ from shipworthy.protocols.openai import (
     read_request,
     rename_event,
     rename_model,
+    replace_user,
     with_behaviour,
 )
 from shipworthy.protocols.outcomes import Reason
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from shipworthy.gateway.live import LiveArm
 
 _MAY_REFUSE_INPUT: Final = frozenset({400, 413, 422})
+_NOBODY: Final = "[unit]"
 _EXPECTED_OUTPUT: Final = 256  # tokens reserved where nobody says how many there may be
 
 
@@ -127,6 +129,12 @@ class LanguageAsk:
     def reader(self, arm: LiveArm, call: Call) -> EventReader:
         """What reads along with its stream."""
         return _Reader(self, arm, call)
+
+    def kept(self) -> bytes:
+        """The request with `user` replaced: of units only pseudonyms are written."""
+        if self.said.user is None:
+            return self._body
+        return replace_user(self._body, _NOBODY)
 
     def features(self) -> Features:
         """What can be told without reading the text."""

@@ -49,12 +49,17 @@ class _TensorAsk:
     input_tokens = output_tokens = 0
     message: InferenceRequest
     values: Sequence[TensorValues]
+    _body: bytes
     outputs: Sequence[TensorValues]
     named: tuple[str, str | None]  # model and version, as an answer in tensors names them
 
     def reader(self, arm: LiveArm, call: Call) -> EventReader:
         """Tensors come in one piece."""
         raise NotImplementedError
+
+    def kept(self) -> bytes:
+        """The request as it came: these protocols name nobody."""
+        return self._body
 
     def features(self) -> Features:
         """The columns of what was asked and answered."""

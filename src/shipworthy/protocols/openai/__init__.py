@@ -18,6 +18,7 @@ from shipworthy.protocols.openai.passing import (
     for_upstream,
     rename_event,
     rename_model,
+    replace_user,
     with_behaviour,
 )
 from shipworthy.protocols.openai.requests import OpenAIRequest, estimate_tokens, read_request
@@ -39,5 +40,6 @@ __all__ = [
     "read_request",
     "rename_event",
     "rename_model",
+    "replace_user",
     "with_behaviour",
 ]

@@ -122,6 +122,12 @@ def _with_usage(options: Raw | None) -> Raw:
     return Raw(_encode({**said, "include_usage": True}))
 
 
+def replace_user(body: bytes, word: str) -> bytes:
+    """A request that was read, with another word for whom it is for."""
+    fields = _fields.decode(body)
+    return replaced(body, fields, "user", _encode(word)) if "user" in fields else body
+
+
 def rename_model(data: bytes, served_model: str, model: str) -> bytes:
     """An answer, or an event's data, under the name that the client called.
 
