@@ -250,3 +250,32 @@ def test_each_kind_of_conversation_is_there():
         assert kind in names
     for kind in ("tensors-mock:infer_binary", "scoring-mlflow:split", "openai-mock:fail_429"):
         assert kind in names
+
+
+async def test_a_stream_is_known_however_its_type_is_written(worker, model):
+    kind = "Text/Event-Stream; Charset=UTF-8"
+    worker.model.behave = model.streaming(
+        model.chunk("hi"), model.LAST, model.DONE, headers=f"Content-Type: {kind}\r\n"
+    )
+    await worker.start(worker.plan(contract=LANGUAGE, deadlines=PATIENT))
+    got = await worker.chat(stream=True)
+    assert got.status == 200
+    assert got.headers["content-type"] == kind
+    assert got.events[-1] == model.DONE
+    assert worker.journal.last.output_tokens
+
+
+async def test_headers_of_a_client_that_are_not_for_servers_stay_here(worker, model):
+    worker.model.behave = model.responding(model.chat_answer())
+    await worker.start(worker.plan(contract=LANGUAGE, deadlines=PATIENT))
+    asked = {
+        "OpenAI-Organization": "org",
+        "openai-project": "project",
+        "Cookie": "a=b",
+        "api-key": "secret",
+        "X-Forwarded-For": "10.0.0.1",
+        "ACCEPT": "text/event-stream",
+    }
+    assert (await worker.chat(headers=asked)).status == 200
+    (seen,) = worker.model.received
+    assert set(seen.headers) <= SENT
