@@ -31,7 +31,10 @@ def test_a_request_is_found_in_the_collector_under_the_clients_trace(
         wait_for(lambda: town.infer().status == 200)
         answer = town.infer(traceparent=f"00-{TRACE}-{PARENT}-01")
         assert answer.status == 200
-        [span] = wait_for(lambda: collector.spans)
+        spans = wait_for(lambda: len(collector.spans) == 2 and collector.spans)
+        [span] = [one for one in spans if one.parent_span_id.hex() == PARENT]
+        [called] = [one for one in spans if one.parent_span_id == span.span_id]
+        assert called.trace_id == span.trace_id
         assert span.trace_id.hex() == TRACE
         assert span.parent_span_id.hex() == PARENT
         found = attributes(span)
