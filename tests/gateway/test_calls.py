@@ -459,3 +459,16 @@ async def test_the_access_log_has_a_line_for_each_request(worker, model, caplog)
     lines = [r.message for r in caplog.records if r.name == "shipworthy.gateway.access"]
     told = [msgspec.json.decode(line)["status"] for line in lines]
     assert told == [reply.status for reply in asked] == [404, 400, 400, 400, 404, 200]
+
+
+async def test_a_fault_in_making_a_record_costs_nobody_an_answer(worker, monkeypatch, caplog):
+    await worker.start()
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("shipworthy.gateway.dialects.tensors.features_of_tensors", broken)
+    assert (await worker.infer()).status == 200
+    assert not worker.journal.calls
+    assert "ZeroDivisionError: a bug" in caplog.text
+    assert await worker.metric('shipworthy_gateway_records_dropped_total{why="fault"}') == 1

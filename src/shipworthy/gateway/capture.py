@@ -39,16 +39,15 @@ class Capture:
         """
         try:
             record = self._record(call, status, response, seconds, digest)
-        except BaseException:
+        except Exception:  # noqa: BLE001  # capture never hurts serving
+            self._note_fault()
             _settle(call)
-            raise
+            return
         try:
             written = self._journal.append(record)
         except Exception:  # noqa: BLE001  # capture never hurts serving
             written = False
-            self._metrics.dropped.labels("fault").inc()
-            if not self._failing:
-                _log.exception("a record could not be written")
+            self._note_fault()
         if not written:
             self._metrics.settle_dropped(self._journal.dropped, record.at)
         if written is self._failing:  # said once when it begins, and once when it is over
@@ -61,6 +60,11 @@ class Capture:
         if self._access_log:
             request = call.request
             _access.info(access_line(record, request.method, request.path, status))
+
+    def _note_fault(self) -> None:
+        self._metrics.dropped.labels("fault").inc()
+        if not self._failing:
+            _log.exception("a record could not be written")
 
     def _count(self, call: Call, record: InferenceRecord) -> None:
         metrics, plan = self._metrics, record.plan
