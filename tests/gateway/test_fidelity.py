@@ -17,29 +17,10 @@ from typing import Any
 import httptools
 import msgspec
 import pytest
-
-from shipworthy.domain.contract import Contract, Tensor
-from shipworthy.domain.plan import Deadlines
+from tests.gateway.peer_contracts import LANGUAGE, PATIENT, SCORING, TENSORS
 
 SAMPLES = sorted((Path(__file__).parent / "samples").glob("*.json"))
-PATIENT = Deadlines(connect=10.0, attempt=30.0, total=60.0)
 KEY = b"the-clients-key"
-LANGUAGE = Contract(protocol="openai", side_effects="none")
-TENSORS = Contract(
-    inputs=(Tensor("features", "FP64", (-1, 4)), Tensor("names", "BYTES", (-1, 1))),
-    outputs=(
-        Tensor("label", "INT64", (-1, 1), optional=True),
-        Tensor("score", "FP32", (-1, 1), optional=True),
-        Tensor("greeting", "BYTES", (-1, 1), optional=True),
-    ),
-    side_effects="none",
-)
-SCORING = Contract(
-    protocol="mlflow",
-    inputs=(Tensor("age", "FP64", (-1,)), Tensor("plan", "BYTES", (-1,))),
-    outputs=(Tensor("risk", "FP64", (-1,)), Tensor("why", "BYTES", (-1,))),
-    side_effects="none",
-)
 CONTRACTS = {"openai": LANGUAGE, "tensors": TENSORS, "scoring": SCORING}
 
 SENT = {"host", "content-type", "content-length", "inference-header-content-length"}
